@@ -10,8 +10,29 @@ One file per paper, each a frozen dataclass of that paper's hyper-parameters::
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .core import sample, seeded
 from .ddpm import DDPM
 
-__all__ = ["DDPM", "sample", "seeded"]
+if TYPE_CHECKING:
+    from .checkpoint import Run
+
+__all__ = ["DDPM", "load", "sample", "seeded"]
 __version__ = "0.1.0"
+
+
+def load(path: str | Path, device: str = "cpu") -> Run:
+    """A trained model from a run's folder or a checkpoint file: its method, its network, what it was trained on.
+
+    Args:
+        path: the folder or the file.
+        device: where to put the network.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be used.
+    """
+    from . import checkpoint, methods
+
+    return checkpoint.load(path, methods.METHODS, device)

@@ -35,7 +35,7 @@ def decoder_nll(x0: Tensor, mean: Tensor, sigma: Tensor, bins: int = 256) -> Ten
 class Bound:
     """The bound on -log p(x_0), term by term.
 
-    Attributes
+    Attributes:
     ----------
         terms: ``T b``, nats: row 0 is L_0 (t = 1), row t - 1 is L_{t-1}.
         mse: ``T b``: squared error of the predicted x_0 per dimension, seen from x_t.

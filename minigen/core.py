@@ -76,7 +76,7 @@ def sample(method: Method, net: Net, shape: Sequence[int], device: torch.device 
         shape: ``b *d`` of the result.
         device: where to draw.
 
-    Returns
+    Returns:
     -------
         The last state of ``method.reverse``, shape ``b *d``.
     """

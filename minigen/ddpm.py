@@ -1,13 +1,13 @@
 """Denoising diffusion probabilistic models, 2020 (Ho, Jain, Abbeel, arXiv 2006.11239).
 
-=============  ==========================================================================================
-``T``          number of steps; ``t = 1 .. T`` indexes the schedules, entry 0 means *no noise*
-``beta``       variance added by step t; ``alpha = 1 - beta``; ``alpha_bar`` its running product
-``beta_tilde`` variance of the posterior q(x_{t-1} | x_t, x_0)
-``eps``        the noise in ``x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps``; what the network predicts
-``sigma2``     variance of the reverse step, ``beta`` or ``beta_tilde``
-``u``          the network's clock, t / T
-=============  ==========================================================================================
+==============  =========================================================================================
+``T``           number of steps; ``t = 1 .. T`` indexes the schedules, entry 0 means *no noise*
+``beta``        variance added by step t; ``alpha = 1 - beta``; ``alpha_bar`` its running product
+``beta_tilde``  variance of the posterior q(x_{t-1} | x_t, x_0)
+``eps``         the noise in ``x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps``; what the network predicts
+``sigma2``      variance of the reverse step, ``beta`` or ``beta_tilde``
+``u``           the network's clock, t / T
+==============  =========================================================================================
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .core import Denoiser, Net, at, expand
 class DDPM:
     """The method and its hyper-parameters; the defaults are the paper's (section 4).
 
-    Attributes
+    Attributes:
     ----------
         T: number of steps.
         beta_1: first variance of the linear schedule.
@@ -83,7 +83,7 @@ class DDPM:
 
     @cached_property
     def sigma2(self) -> Tensor:
-        """Variance of the reverse step, shape ``T + 1``; entry 1, for the decoder only, is beta_tilde_2 as in the code."""
+        """Variance of the reverse step, shape ``T + 1``; entry 1, for the decoder, is beta_tilde_2 as in the code."""
         s = (self.beta if self.variance == "beta" else self.beta_tilde).clone()
         s[1] = self.beta_tilde[2]
         return s
@@ -176,10 +176,10 @@ class DDPM:
     def sigmas(self, steps: int, spacing: Literal["uniform", "quadratic"] = "uniform") -> Tensor:
         """Noise levels for ``samplers.ddim`` and friends: ``steps`` values of t from T down, then 0; float64.
 
-        ``uniform`` takes t = T i / steps, ``quadratic`` t = T (i / steps)**2 (Song, Meng, Ermon 2021, appendix D.2); equal t are
-        taken once.
+        ``uniform`` takes t = T i / steps, ``quadratic`` t = T (i / steps)**2 (Song, Meng, Ermon 2021, appendix D.2);
+        equal t are taken once.
 
-        Raises
+        Raises:
         ------
             ValueError: if ``steps`` is not between 1 and T.
         """
@@ -202,8 +202,8 @@ class DDPM:
     def term(self, net: Net, x0: Tensor, t: Tensor, bins: int = 256) -> tuple[Tensor, Tensor]:
         """One term of eq. 5 in nats per sample (``b``), and the mean squared error of the predicted x_0 (``b``).
 
-        For t > 1 this is L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), for t = 1 the decoder's L_0. ``t`` has
-        shape ``b`` and may mix the two.
+        For t > 1 this is L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), for t = 1 the decoder's L_0. ``t``
+        has shape ``b`` and may mix the two.
         """
         x_t = self.perturb(x0, t, torch.randn_like(x0))
         x0_hat = self.predict_x0(x_t, t, net(x_t, self.clock(t)))

@@ -20,7 +20,7 @@ from .core import expand
 class Mixture:
     """A mixture of Gaussians N(mean_k, std_k**2 I) with weights w_k.
 
-    Attributes
+    Attributes:
     ----------
         means: ``k *d``.
         std: ``k``, zero allowed (a finite data set).
@@ -33,7 +33,7 @@ class Mixture:
 
     @classmethod
     def of(cls, means: Tensor, std: float = 0.0, weights: Tensor | None = None) -> Mixture:
-        """Components of one width; equal weights if none are given. ``Mixture.of(data)`` is the law of a finite data set."""
+        """Components of one width, equally likely by default; ``Mixture.of(data)`` is the law of a finite data set."""
         k = len(means)
         w = torch.full((k,), 1 / k, dtype=means.dtype) if weights is None else weights.to(means)
         return cls(means, torch.full((k,), float(std), dtype=means.dtype), w / w.sum())
@@ -53,7 +53,7 @@ class Mixture:
         return self._joint(x, sigma).softmax(1)
 
     def denoiser(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x_0 | x_0 + sigma * noise = x], ``b *d``: components pull ``x`` toward their means, weighted by p(k | x)."""
+        """E[x_0 | x_0 + sigma * noise = x], ``b *d``: each component pulls ``x`` toward its mean, by p(k | x)."""
         level = torch.as_tensor(sigma).to(x).expand(len(x))
         w = self.responsibilities(x, level)  # b k
         var = self.std.to(x)[None] ** 2

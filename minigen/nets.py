@@ -23,7 +23,7 @@ TIME_SCALE = 1000.0
 class NetConfig:
     """Everything needed to build a network; stored in checkpoints as JSON.
 
-    Attributes
+    Attributes:
     ----------
         shape: of one sample: ``(d,)`` for points, ``(c, h, w)`` for images.
         out: channels of the output (``method.out_channels(c)``).
@@ -46,7 +46,7 @@ class NetConfig:
 def preset(shape: tuple[int, ...], out: int, width: int | None = None, dropout: float | None = None) -> NetConfig:
     """A network that fits data of the given shape: the paper's for 32x32 images, smaller ones below, an MLP for points.
 
-    Raises
+    Raises:
     ------
         ValueError: if the width is not positive or the shape is neither ``(d,)`` nor a square ``(c, h, w)``.
     """

@@ -83,7 +83,7 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, eta: float = 0.0) -> Ite
         sigmas: ``s`` decreasing levels, the last one 0.
         eta: the share of fresh noise, 0 to 1.
 
-    Yields
+    Yields:
     ------
         The state after each step, ``b *d``.
     """
@@ -122,9 +122,10 @@ def rk45(velocity: Velocity, x: Tensor, start: float, end: float, tol: float = 1
     """Dormand-Prince 4(5) from ``scipy``, in log sigma, with relative and absolute tolerance ``tol``.
 
     The whole batch is one system, so the number of evaluations is that of its hardest member (as in Song,
-    Sohl-Dickstein et al. 2021). ``start`` and ``end`` must be positive; finish with one call of the denoiser if sigma = 0 is wanted.
+    Sohl-Dickstein et al. 2021). ``start`` and ``end`` must be positive; finish with one call of the denoiser if
+    sigma = 0 is wanted.
 
-    Raises
+    Raises:
     ------
         ValueError: if a level is not positive.
         RuntimeError: if the integrator gives up.
@@ -135,9 +136,9 @@ def rk45(velocity: Velocity, x: Tensor, start: float, end: float, tol: float = 1
 def log_likelihood(denoiser: Denoiser, x0: Tensor, sigma_min: float, sigma_max: float, tol: float = 1e-5) -> Solution:
     """Exact log-density of ``x0`` under the probability flow, in nats: ``extra`` of the result, shape ``b``.
 
-    Follows ``d log p = - div v dsigma`` from ``sigma_min`` (at which ``x0`` is taken to lie) to ``sigma_max``, where the
-    law is taken to be ``N(0, sigma_max**2)`` (Song, Sohl-Dickstein et al. 2021, eq. 39). The divergence is exact: one
-    backward pass per dimension, so this is meant for few dimensions.
+    Follows ``d log p = - div v dsigma`` from ``sigma_min`` (at which ``x0`` is taken to lie) to ``sigma_max``, where
+    the law is taken to be ``N(0, sigma_max**2)`` (Song, Sohl-Dickstein et al. 2021, eq. 39). The divergence is exact:
+    one backward pass per dimension, so this is meant for few dimensions.
     """
     flow = probability_flow(denoiser)
 

@@ -64,8 +64,13 @@ def points(ax: Axes, x: Tensor, color: str = DATA, title: str = "", limit: float
         side.set(visible=True, color="#CCCCCC")
 
 
-def image_grid(x: Tensor, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Tile images ``n c h w`` in [-1, 1] to one array ``H W 3`` of uint8, white between them."""
+def image_grid(x: Tensor, columns: int | None = None, gap: int = 1, zoom: int = 1) -> np.ndarray:
+    """Tile images ``n c h w`` in [-1, 1] to one array ``H W 3`` of uint8, white between them.
+
+    ``zoom`` enlarges each image smoothly (bicubic); tiny images are easier to read so.
+    """
+    if zoom > 1:
+        x = torch.nn.functional.interpolate(x.detach().float().clamp(-1, 1), scale_factor=zoom, mode="bicubic")
     n, c, h, w = x.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -77,9 +82,10 @@ def image_grid(x: Tensor, columns: int | None = None, gap: int = 1) -> np.ndarra
     return out.numpy()
 
 
-def images(ax: Axes, x: Tensor, title: str = "", columns: int | None = None) -> None:
-    """Show images ``n c h w`` in [-1, 1] as a grid."""
-    ax.imshow(image_grid(x, columns))
+def images(ax: Axes, x: Tensor, title: str = "", columns: int | None = None, zoom: int | None = None) -> None:
+    """Show images ``n c h w`` in [-1, 1] as a grid; by default those below 16 pixels are enlarged smoothly."""
+    zoom = zoom or (6 if x.shape[-1] < 16 else 1)
+    ax.imshow(image_grid(x, columns, gap=2 if zoom > 1 else 1, zoom=zoom))
     ax.set(xticks=[], yticks=[], title=title)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -130,7 +136,7 @@ class FramePlayer:
         interval: milliseconds between frames while playing.
         start: the frame shown first, and the only one where scripts are off.
 
-    Raises
+    Raises:
     ------
         ValueError: if the numbers of frames and labels differ, or there are none.
     """
@@ -179,7 +185,7 @@ def live(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidge
         draw: returns a Matplotlib figure for keyword values of the controls.
         controls: named ipywidgets with a ``value``.
 
-    Returns
+    Returns:
     -------
         A box with the controls above the picture.
     """

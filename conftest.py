@@ -1,0 +1,20 @@
+"""Makes a plain `pytest --nbval chapters/` run the chapters with this interpreter, on the CPU, from any folder."""
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def pytest_configure(config):
+    # chapters run in chapters/: find minigen even where it is not installed
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    opt = config.option
+    if not (getattr(opt, "nbval", False) or getattr(opt, "nbval_lax", False)):
+        return  # nbval is absent, or not asked for
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the stored outputs were made on a CPU
+    if not opt.nbval_kernel_name:
+        opt.nbval_current_env = True
+    if not opt.nbval_sanitize_with:
+        opt.nbval_sanitize_with = str(ROOT / "tests" / "nbval_sanitize.cfg")
+    opt.nbval_cell_timeout = min(opt.nbval_cell_timeout, 900)

@@ -1,0 +1,103 @@
+"""The command line: ``python -m minigen train | sample | evaluate | plot``.
+
+Whatever goes wrong is said in one line on stderr, with exit code 2; the variable MINIGEN_DEBUG=1 shows the traceback.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from typing import Any
+
+USAGE = """\
+usage: python -m minigen COMMAND ... (COMMAND --help shows all options)
+
+  train METHOD --data DATA --out RUN   train; DATA: cifar10, digits, folder:PATH, swiss_roll, heart, ...
+  sample RUN --n 64 --out grid.png     draw from a trained model
+  evaluate RUN --n 1000                compare samples with test data
+  plot RUN                             draw the log to RUN/loss.png
+"""
+EXTRA = ("accelerate", "safetensors", "torchmetrics", "tqdm", "tyro")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``python -m minigen``; default: those of the process.
+
+    Returns:
+        The exit code: 0, 2 after bad input, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go to files
+    try:
+        return _dispatch(words)
+    except ModuleNotFoundError as e:
+        if e.name not in EXTRA:
+            raise
+        return _fail(f"{e.name} is missing: pip install 'minigen[train]'")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return 130
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as e:
+        if os.environ.get("MINIGEN_DEBUG", "0") not in ("", "0"):
+            raise
+        return _fail(f"{e}" or type(e).__name__)
+
+
+def _dispatch(words: list[str]) -> int:
+    command, rest = words[0], words[1:]
+    if command not in ("train", "sample", "evaluate", "plot"):
+        raise ValueError(f"unknown command {command!r}: use train, sample, evaluate or plot")
+    from . import options
+
+    if command == "train":
+        from .methods import METHODS
+
+        if not rest or rest[0] not in METHODS:
+            what = f"unknown method {rest[0]!r}" if rest and not rest[0].startswith("-") else "which method?"
+            raise ValueError(f"{what}: use python -m minigen train {'|'.join(METHODS)} --data DATA --out RUN")
+        chosen = _parse(options.Train[METHODS[rest[0]]], f"train {rest[0]}", rest[1:])
+    else:
+        forms = {"sample": options.Sample, "evaluate": options.Evaluate, "plot": options.Plot}
+        chosen = _parse(forms[command], command, rest)
+    if isinstance(chosen, int):
+        return chosen
+    from . import commands
+
+    run = {"train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "plot": commands.plot}
+    return run[command](chosen)
+
+
+def _parse(form: Any, name: str, words: list[str]) -> Any:
+    """The options as an instance of ``form``, or 0 after ``--help``; tyro's boxed message becomes one line."""
+    import tyro
+
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            return tyro.cli(form, prog=f"python -m minigen {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as e:
+        if not e.code:
+            return 0
+    message = text.getvalue().split("───", 2)[-1].split("────────")[0]
+    message = " ".join(re.sub(r"[╭╮╰╯│─]", " ", message).split())
+    raise ValueError(f"{message} (see python -m minigen {name} --help)") from None
+
+
+def _fail(message: str) -> int:
+    """One line on stderr; returns 2."""
+    print("minigen:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""A training run in a folder: progress bar, log, sample grids, checkpoints, and an orderly end when interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from tqdm import tqdm
+
+from . import checkpoint, log
+from .core import Record
+from .generate import draw, picture
+from .train import Trainer
+
+GRIDS = 10
+"""Sample grids per run, beside those asked for."""
+
+
+class Signals:
+    """Inside a ``with`` block Ctrl-C and SIGTERM set ``caught`` to the signal's number; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> Signals:
+        for number in self._before:
+            signal.signal(number, self._catch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.caught = number
+        signal.signal(number, self._before[signal.Signals(number)])
+
+
+def fit(trainer: Trainer, out: Path, sample_every: int, save_every: int, save_minutes: float) -> int:
+    """Train to the end, or until a signal.
+
+    Args:
+        trainer: fresh, or loaded from the checkpoint in ``out``.
+        out: folder of the run.
+        sample_every: steps between two grids; 0: only the ten that every run has.
+        save_every: steps between two checkpoints; 0: by time only.
+        save_minutes: minutes between two checkpoints.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal.
+    """
+    if trainer.progress >= 1:
+        print(f"{out} is complete at step {trainer.step}: give a larger --steps or --minutes to go on")
+        return 0
+    here, file = trainer.processes, out / checkpoint.NAME
+    out.mkdir(parents=True, exist_ok=True)
+    if here.rank == 0:
+        (out / "config.json").write_text(json.dumps(trainer.describe(), indent=2) + "\n")
+    if not trainer.step:
+        trainer.save(file)  # a full disk or a forbidden folder shows now, not after an hour
+    saved, tenths = time.monotonic(), int(trainer.progress * GRIDS)  # tenths: of the run, one grid for each
+    with Signals() as signals, Report(trainer, out) as report:
+        for record in trainer.steps():
+            report.step(record)
+            if int(trainer.progress * GRIDS) > tenths or (sample_every and trainer.step % sample_every == 0):
+                tenths = int(trainer.progress * GRIDS)
+                report.grid()
+            ask = here.world == 1 or record is not None  # several processes agree, which costs time, only now and then
+            stop = ask and here.any(signals.caught > 0)
+            old = ask and here.any(time.monotonic() - saved > 60 * save_minutes)
+            if stop or old or trainer.progress >= 1 or (save_every and trainer.step % save_every == 0):
+                trainer.save(file)
+                saved = time.monotonic()
+            if stop:
+                break
+    if here.rank == 0:
+        _farewell(trainer, out)
+    return 128 + (signals.caught or signal.SIGINT) if trainer.progress < 1 else 0
+
+
+def _farewell(trainer: Trainer, out: Path) -> None:
+    if trainer.progress >= 1:
+        print(f"{out / checkpoint.NAME}: {trainer.step} steps in {trainer.seconds:.0f} s")
+        return
+    again = f"python -m minigen train {trainer.describe()['method']} --out {out} --resume"
+    print(f"minigen: stopped at step {trainer.step} and saved; continue with: {again}", file=sys.stderr)
+
+
+class Report:
+    """The bar, the log and the grids of a run; only the first of several processes reports."""
+
+    def __init__(self, trainer: Trainer, out: Path) -> None:
+        self.trainer, self.out, self.active = trainer, out, trainer.processes.rank == 0
+        self._mark = trainer.step, trainer.seconds  # where the images per second are counted from
+
+    def __enter__(self) -> Report:
+        minutes, steps = self.trainer.config.minutes, self.trainer.config.steps
+        self._by_time = minutes is not None
+        total, unit = (round(60 * minutes), "s") if minutes is not None else (steps, "step")
+        self._bar = tqdm(total=total, initial=self._position(), unit=unit, disable=not self.active, mininterval=0.5)
+        self._log = log.Log(self.out / "log.csv", self.trainer.step) if self.active else None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._log:
+            self._log.close()
+            if kind is None and log.read(self.out / "log.csv"):
+                log.plot(self.out)
+
+    def step(self, record: Record | None) -> None:
+        """Move the bar; at a record, write the log."""
+        t = self.trainer
+        if not self.active:
+            return
+        self._bar.update(min(self._position(), self._bar.total) - self._bar.n)
+        if record:
+            images = (t.step - self._mark[0]) * t.config.batch * t.processes.world
+            speed = images / max(t.seconds - self._mark[1], 1e-9)
+            self._log.add(record, speed, t.seconds)
+            self._bar.set_postfix_str(f"loss {record.loss:.4f}, {speed:.4g} images/s", refresh=False)
+            self._mark = t.step, t.seconds
+
+    def grid(self) -> None:
+        """Draw a few samples with the averaged weights."""
+        t = self.trainer
+        if not self.active:
+            return
+        n = 16 if len(t.data.shape) == 3 else 2000
+        began = time.monotonic()
+        choice = {"sampler": "ddim" if hasattr(t.method, "denoiser") else "paper", "seed": t.config.seed}
+        steps = min(20, getattr(t.method, "T", 20))
+        x, _ = draw(t.method, t.ema.net, (n, *t.data.shape), steps=steps, device=t.device, **choice)
+        picture(x, self.out / "samples" / f"step-{t.step:06d}.png")
+        self._mark = self._mark[0], self._mark[1] + time.monotonic() - began
+
+    def _position(self) -> int:
+        return int(self.trainer.seconds) if self._by_time else self.trainer.step

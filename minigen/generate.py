@@ -1,0 +1,105 @@
+"""Draw from a trained network with a chosen sampler, count what it costs, and make a picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import samplers
+from .core import Method, Net, sample, seeded
+
+LEAST_SIGMA = 0.01
+"""Where the adaptive solver hands over to one call of the denoiser: noise below the grey levels of an image."""
+TOLERANCE = 1e-3
+"""Of the adaptive solver; a smaller one costs several times as many calls and shows no difference in the samples."""
+
+
+def draw(
+    method: Method,
+    net: Net,
+    shape: Sequence[int],
+    *,
+    sampler: str = "ddim",
+    steps: int = 50,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, float]:
+    """Samples of the given shape ``n *d`` (on the CPU), and how often the network was called for each.
+
+    Args:
+        method: what the network was trained with.
+        net: ``(x: b *d, u: b) -> b *o``.
+        shape: of the result.
+        sampler: ``ddim``, ``heun`` and ``rk45`` need a method with a ``denoiser``; ``paper`` is the method's own.
+        steps: noise levels of ``ddim`` and ``heun``.
+        seed: same seed, same samples.
+        device: where to draw.
+
+    Raises:
+        ValueError: if ``n`` is not positive or the method does not have this sampler.
+    """
+    n, *d = shape
+    if n < 1:
+        raise ValueError(f"--n must be positive, got {n}")
+    calls = 0
+
+    def counted(x: Tensor, u: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return net(x, u)
+
+    numbers = 2**18 if torch.device(device).type == "cpu" else 2**20  # at a time: what fits into memory
+    sizes = [len(part) for part in torch.empty(n).split(max(1, numbers // prod(d)))]
+    with torch.no_grad(), seeded(seed):
+        bar = tqdm(sizes, desc="sampling", unit="batch", leave=False, disable=len(sizes) == 1)
+        parts = [_draw(method, counted, (size, *d), sampler, steps, device).cpu() for size in bar]
+    return torch.cat(parts), calls / len(sizes)
+
+
+def _draw(method: Any, net: Net, shape: Sequence[int], sampler: str, steps: int, device: torch.device | str) -> Tensor:
+    if sampler == "paper":
+        return sample(method, net, shape, device)
+    if not hasattr(method, "denoiser"):
+        raise ValueError(f"{type(method).__name__} has no denoiser for {sampler}: use --sampler paper")
+    sigmas, denoiser = method.sigmas(steps), method.denoiser(net)
+    x = method.start(shape, sigmas[0], device)
+    if sampler == "rk45":
+        x = samplers.rk45(samplers.probability_flow(denoiser), x, float(sigmas[0]), LEAST_SIGMA, TOLERANCE).x
+        return denoiser(x, torch.full((len(x),), LEAST_SIGMA, device=x.device))
+    if sampler == "ddim":
+        *_, x = samplers.ddim(denoiser, x, sigmas)
+    elif sampler == "heun":
+        *_, x = samplers.heun(samplers.probability_flow(denoiser), x, sigmas)
+    else:
+        raise ValueError(f"unknown sampler {sampler!r}: use ddim, heun, rk45 or paper")
+    return x
+
+
+def picture(x: Tensor, path: Path) -> None:
+    """Write ``x`` as a grid of images (``n c h w`` in [-1, 1]), a scatter plot (``n d``), or raw numbers (``.npy``)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        import numpy as np
+
+        np.save(path, x.numpy())
+        return
+    from . import viz
+
+    if x.ndim == 4:
+        from PIL import Image
+
+        zoom = max(1, 64 // x.shape[-1])  # small images would be hard to see
+        grid = viz.image_grid(x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), gap=2)
+        Image.fromarray(grid).save(path)
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4))
+    viz.points(figure.add_subplot(), x, color=viz.MODEL)
+    figure.savefig(path, dpi=130)

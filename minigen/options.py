@@ -1,0 +1,123 @@
+"""The words of the command line, one dataclass per command; ``python -m minigen COMMAND --help`` shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+import tyro
+
+M = TypeVar("M")
+_preset = "(default: preset)"
+Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_preset)]
+Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_preset)]
+Device = Literal["auto", "cpu", "cuda"]
+Sampler = Literal["ddim", "heun", "rk45", "paper"]
+
+
+@dataclass(frozen=True)
+class Train(Generic[M]):
+    """Train a model. Options left out are taken from a preset for the kind of data."""
+
+    method: Annotated[M, tyro.conf.arg(name="")]
+    out: Path
+    """folder of the run: checkpoint, log, sample grids"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
+    """cifar10, digits, folder:PATH, or a law: two_modes, eight_gaussians, swiss_roll, heart"""
+    steps: Int = None
+    """updates in the whole run"""
+    minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: none)")] = None
+    """time budget of the whole run, learning-rate schedule included"""
+    batch: Int = None
+    """samples per step (and per process)"""
+    width: Int = None
+    """hidden units, or channels at full resolution"""
+    dropout: Float = None
+    """probability in each residual block"""
+    lr: Float = None
+    """learning rate of Adam"""
+    warmup: Int = None
+    """steps in which the learning rate rises"""
+    decay: Annotated[
+        Literal["constant", "cosine"] | None, tyro.conf.arg(metavar="{constant,cosine}", help_behavior_hint=_preset)
+    ] = None
+    """what the learning rate does then"""
+    ema: Float = None
+    """decay of the averaged weights"""
+    grad_clip: Float = None
+    """largest norm of the gradient"""
+    seed: Int = None
+    """of weights, data order and noise"""
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, tyro.conf.arg(metavar="{fp32,bf16}", help_behavior_hint="(default: fp32)")
+    ] = None
+    """bf16: mixed precision in the network"""
+    compile: bool = False
+    """compile the network (pays on GPUs)"""
+    log_every: Int = None
+    """steps between two lines of the log"""
+    sample_every: int = 5000
+    """steps between two sample grids; there are also ten, evenly spread over the run"""
+    save_every: int = 0
+    """steps between two checkpoints (0: by time only)"""
+    save_minutes: float = 5.0
+    """minutes between two checkpoints"""
+    device: Device = "auto"
+    """auto takes a CUDA device if there is one"""
+    resume: bool = False
+    """continue the run in --out; only --steps, --minutes, --data and --device may differ from before"""
+    offline: bool = False
+    """download nothing"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw from a trained model: a grid of images or a scatter plot, or raw numbers into a .npy file."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run, or a checkpoint file"""
+    n: int = 64
+    """how many"""
+    out: Path = Path("samples.png")
+    """where to write"""
+    steps: int = 50
+    """steps of ddim and heun"""
+    sampler: Sampler = "ddim"
+    """paper: the method's own"""
+    seed: int = 0
+    """same seed, same samples"""
+    device: Device = "auto"
+    """auto takes a CUDA device if there is one"""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare samples of a trained model with test data; the numbers also go to RUN/evaluate.json."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run, or a checkpoint file"""
+    n: int = 1000
+    """samples to compare"""
+    split: Literal["test", "train"] = "test"
+    """the part of the data to compare with"""
+    steps: int = 50
+    """steps of ddim and heun"""
+    sampler: Sampler = "ddim"
+    """paper: the method's own"""
+    bits: int = 8
+    """images for the bound in bits per dimension, each with as many network calls as the method has steps; 0: none"""
+    seed: int = 0
+    """same seed, same numbers"""
+    device: Device = "auto"
+    """auto takes a CUDA device if there is one"""
+    offline: bool = False
+    """download nothing"""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the log of a run to RUN/loss.png."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run"""
