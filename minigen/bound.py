@@ -36,7 +36,6 @@ class Bound:
     """The bound on -log p(x_0), term by term.
 
     Attributes:
-    ----------
         terms: ``T b``, nats: row 0 is L_0 (t = 1), row t - 1 is L_{t-1}.
         mse: ``T b``: squared error of the predicted x_0 per dimension, seen from x_t.
         prior: ``b``, nats: L_T.

@@ -77,7 +77,6 @@ def sample(method: Method, net: Net, shape: Sequence[int], device: torch.device 
         device: where to draw.
 
     Returns:
-    -------
         The last state of ``method.reverse``, shape ``b *d``.
     """
     x = method.prior(shape, device)

@@ -30,7 +30,6 @@ class DDPM:
     """The method and its hyper-parameters; the defaults are the paper's (section 4).
 
     Attributes:
-    ----------
         T: number of steps.
         beta_1: first variance of the linear schedule.
         beta_T: last variance of the linear schedule.
@@ -180,7 +179,6 @@ class DDPM:
         equal t are taken once.
 
         Raises:
-        ------
             ValueError: if ``steps`` is not between 1 and T.
         """
         if not 1 <= steps <= self.T:

@@ -97,7 +97,7 @@ def bits_per_dim(method: Method, net: Net, x: Tensor, bins: int = 256, batch: in
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean_a - mean_b|**2 + tr(C_a + C_b - 2 (C_a C_b)**(1/2)) of two sets of features, ``n f`` and ``m f``.
+    """``|mean_a - mean_b|**2 + tr(C_a + C_b - 2 (C_a C_b)**(1/2))`` of two sets of features, ``n f`` and ``m f``.
 
     The squared Wasserstein-2 distance of two Gaussians (Frechet 1957; Heusel et al. 2017 for images), in float64. The
     trace of the root is the sum of the singular values of C_a**(1/2) C_b**(1/2): no rank is too low for that.

@@ -21,7 +21,6 @@ class Mixture:
     """A mixture of Gaussians N(mean_k, std_k**2 I) with weights w_k.
 
     Attributes:
-    ----------
         means: ``k *d``.
         std: ``k``, zero allowed (a finite data set).
         weights: ``k``, positive, with sum 1.

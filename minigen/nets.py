@@ -24,7 +24,6 @@ class NetConfig:
     """Everything needed to build a network; stored in checkpoints as JSON.
 
     Attributes:
-    ----------
         shape: of one sample: ``(d,)`` for points, ``(c, h, w)`` for images.
         out: channels of the output (``method.out_channels(c)``).
         width: hidden units of the MLP, or channels at the finest resolution of the U-Net.
@@ -47,7 +46,6 @@ def preset(shape: tuple[int, ...], out: int, width: int | None = None, dropout: 
     """A network that fits data of the given shape: the paper's for 32x32 images, smaller ones below, an MLP for points.
 
     Raises:
-    ------
         ValueError: if the width is not positive or the shape is neither ``(d,)`` nor a square ``(c, h, w)``.
     """
     if width is not None and width < 1:

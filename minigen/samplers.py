@@ -84,7 +84,6 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, eta: float = 0.0) -> Ite
         eta: the share of fresh noise, 0 to 1.
 
     Yields:
-    ------
         The state after each step, ``b *d``.
     """
     for now, new in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -126,7 +125,6 @@ def rk45(velocity: Velocity, x: Tensor, start: float, end: float, tol: float = 1
     sigma = 0 is wanted.
 
     Raises:
-    ------
         ValueError: if a level is not positive.
         RuntimeError: if the integrator gives up.
     """

@@ -58,7 +58,7 @@ def use_style() -> None:
 def points(ax: Axes, x: Tensor, color: str = DATA, title: str = "", limit: float = 2.6, size: float = 2.0) -> None:
     """Scatter ``x`` (``n 2``) in a square without ticks, both axes from ``-limit`` to ``limit``."""
     x = x.detach().cpu()
-    ax.scatter(x[:, 0], x[:, 1], s=size, c=color, alpha=0.5, linewidths=0, rasterized=True)
+    ax.scatter(x[:, 0], x[:, 1], s=size, color=color, alpha=0.5, linewidths=0, rasterized=True)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[], title=title)
     for side in ax.spines.values():
         side.set(visible=True, color="#CCCCCC")
@@ -137,7 +137,6 @@ class FramePlayer:
         start: the frame shown first, and the only one where scripts are off.
 
     Raises:
-    ------
         ValueError: if the numbers of frames and labels differ, or there are none.
     """
 
@@ -186,7 +185,6 @@ def live(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidge
         controls: named ipywidgets with a ``value``.
 
     Returns:
-    -------
         A box with the controls above the picture.
     """
     import ipywidgets

@@ -38,6 +38,21 @@ def test_closed_form_is_the_composition_of_steps():
     assert torch.allclose(D.perturb(x0, times(1, 300), eps), scale * x0 + var.sqrt() * eps, atol=1e-12)
 
 
+@pytest.mark.equation("eq:ddpm-thermostat", "minigen.ddpm.DDPM.beta")
+@pytest.mark.parametrize("v0", [0.0, 1.0, 9.0])
+def test_every_step_brings_the_variance_closer_to_one(v0):
+    """Exact recursion beside 200,000 simulated coordinates."""
+    n, v = 200_000, v0
+    with seeded(0):
+        x = v0**0.5 * torch.randn(n, dtype=F64)
+        for t in range(1, 301):
+            x = (1 - D.beta[t]).sqrt() * x + D.beta[t].sqrt() * torch.randn(n, dtype=F64)
+            new = float((1 - D.beta[t]) * v + D.beta[t])
+            assert new - 1 == pytest.approx(float(1 - D.beta[t]) * (v - 1), abs=1e-12)
+            v = new
+    assert float(x.var()) == pytest.approx(v, rel=4 * (2 / n) ** 0.5)
+
+
 @pytest.mark.equation("eq:ddpm-prior", "minigen.ddpm.DDPM.prior_kl")
 def test_prior_term_is_the_divergence_of_the_last_marginal():
     x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=F64)

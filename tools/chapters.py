@@ -58,7 +58,7 @@ def execute(md):
     from nbclient import NotebookClient
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.update(CUDA_VISIBLE_DEVICES="", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ.update(CUDA_VISIBLE_DEVICES="", PYDEVD_DISABLE_FILE_VALIDATION="1", OMP_WAIT_POLICY="PASSIVE")
     nb = source(md)
     nb.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     NotebookClient(nb, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True,
