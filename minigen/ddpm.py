@@ -155,7 +155,10 @@ class DDPM:
         return denoise
 
     def oracle(self, denoiser: Denoiser) -> Net:
-        """The way back: a denoiser, for example an exact one, in the place of the network that predicts eps."""
+        """The way back: a denoiser, for example an exact one, in the place of the network that predicts eps.
+
+        It knows the levels of the schedule only: the clock is rounded to a whole t.
+        """
 
         def net(x_t: Tensor, u: Tensor) -> Tensor:
             t = (u * self.T).round().long()
@@ -214,8 +217,9 @@ class DDPM:
 
     def prior_kl(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)) in nats, shape ``b``."""
-        a = self.alpha_bar[-1].to(x0)
-        return gaussian_kl(a.sqrt() * x0, 1 - a, torch.zeros_like(x0), torch.ones_like(a)).flatten(1).sum(1)
+        a, x = self.alpha_bar[-1].to(x0.device), x0.double()
+        kl = gaussian_kl(a.sqrt() * x, 1 - a, torch.zeros_like(x), torch.ones_like(a))
+        return kl.flatten(1).sum(1).to(x0.dtype)
 
     @torch.no_grad()
     def bound(self, net: Net, x0: Tensor, bins: int = 256) -> Bound:

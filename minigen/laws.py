@@ -22,7 +22,8 @@ class Mixture:
 
     Attributes:
         means: ``k *d``.
-        std: ``k``, zero allowed (a finite data set).
+        std: ``k``; zero is allowed (a finite data set), and then noise of a positive level has to be added before
+            there is a density or a score.
         weights: ``k``, positive, with sum 1.
     """
 

@@ -102,7 +102,7 @@ def langevin(denoiser: Denoiser, x: Tensor, sigma: float, step: float, n: int) -
     For small ``step`` it samples the data law blurred with ``sigma`` (Welling and Teh 2011).
     """
     for _ in range(n):
-        level = _level(torch.as_tensor(sigma), x)
+        level = _level(torch.tensor(sigma, dtype=torch.float64), x)
         score = (denoiser(x, level) - x) / sigma**2
         x = x + step * score + (2 * step) ** 0.5 * torch.randn_like(x)
         yield x
@@ -179,7 +179,7 @@ def _solve(
     def rhs(log_sigma: float, y: np.ndarray) -> np.ndarray:
         sigma = exp(log_sigma)
         state = torch.from_numpy(y[:n]).reshape(x.shape).to(x)
-        v, e = rates(state, _level(torch.tensor(sigma), x))
+        v, e = rates(state, _level(torch.tensor(sigma, dtype=torch.float64), x))
         return (torch.cat([v.flatten(), e]).double().cpu() * sigma).numpy()
 
     y0 = torch.cat([x.flatten(), x.new_zeros(extra)]).double().cpu().numpy()

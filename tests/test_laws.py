@@ -28,7 +28,7 @@ def test_score_is_the_gradient_of_the_log_density(name, sigma):
     assert torch.allclose(grad, law.score(x.detach(), torch.tensor(sigma)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.equation("eq:ddpm-sigma", "minigen.laws.Mixture.denoiser")
+@pytest.mark.equation("eq:ddpm-mixture", "minigen.laws.Mixture.denoiser")
 def test_denoiser_is_the_conditional_mean():
     law, sigma = LAWS["two_modes"](), 0.9
     with seeded(2):

@@ -54,7 +54,7 @@ def test_order_of_euler_and_heun_on_gaussian_data(method, order):
     assert torch.allclose(slopes, torch.full((3,), float(order)), atol=0.12)
 
 
-@pytest.mark.equation("eq:ddpm-ddim", "minigen.samplers.ddim")
+@pytest.mark.equation("eq:ddpm-ode", "minigen.samplers.ddim")
 def test_ddim_is_euler_in_sigma():
     law, x, sigmas = two_modes(), start(50, 2, 80.0), DDPM().sigmas(20)
     assert torch.allclose(
@@ -62,6 +62,7 @@ def test_ddim_is_euler_in_sigma():
     )
 
 
+@pytest.mark.equation("eq:ddpm-ddim", "minigen.samplers.ddim")
 def test_posterior_chain_is_ddim_with_eta_one():
     law, method = two_modes(), DDPM(T=100, beta_1=1e-3, beta_T=0.2, variance="beta_tilde")
     x = torch.randn(50, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
