@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from itertools import takewhile
 from typing import Any
 
 USAGE = """\
@@ -88,8 +88,9 @@ def _parse(form: Any, name: str, words: list[str]) -> Any:
     except SystemExit as e:
         if not e.code:
             return 0
-    message = text.getvalue().split("───", 2)[-1].split("────────")[0]
-    message = " ".join(re.sub(r"[╭╮╰╯│─]", " ", message).split())
+    inside = [line.strip("│ ") for line in text.getvalue().splitlines() if line.startswith("│")]
+    reason = takewhile(lambda line: not line.startswith("─"), inside)  # under the rule stands the help
+    message = " ".join(" ".join(reason).split()) or " ".join(text.getvalue().split())
     raise ValueError(f"{message} (see python -m minigen {name} --help)") from None
 
 

@@ -144,7 +144,8 @@ def test_a_time_budget(tmp_path):
     few = ["--width", 8, "--T", 5, "--device", "cpu"]  # fewer levels than a sample grid would take
     ok("train", "ddpm", "--data", "two_modes", "--minutes", "0.01", "--log-every", 1, "--out", run, *few)
     last = rows(run)[-1]
-    assert 0.6 <= last["seconds"] < 5 and last["lr"] < 1e-3
+    assert last["seconds"] >= 0.6  # the budget is used up, and the rate has come down from its peak
+    assert last["lr"] < 0.8 * max(row["lr"] for row in rows(run))
     assert json.loads((run / "config.json").read_text())["train"]["steps"] is None
 
 
@@ -168,6 +169,8 @@ BAD = [
     ("train ddpm --data digits --out RUN --width wide", "--width"),
     ("train ddpm --data digits --out RUN --widht 3", "[Uu]nrecognized"),
     ("train ddpm --data digits --out RUN --device tpu", "--device"),
+    ("train ddpm --data digits --out RUN --bogus 3", "Unrecognized options: --bogus"),
+    ("sample --n 3", "run"),
     ("train ddpm --out RUN --resume", "holds no run to continue: leave out --resume"),
     ("train ddpm --data digits --out DONE", "already holds a run: add --resume"),
     ("train ddpm --out DONE --resume --batch 7", "--batch 7 is not the 16 of"),
