@@ -37,7 +37,7 @@ class Run:
         net: with the averaged (EMA) weights, in evaluation mode.
         shape: of one sample.
         data: what it was trained on, a name for ``data.load``.
-        bins: grey values of a pixel, 0 for points.
+        bins: gray values of a pixel, 0 for points.
         step: updates done.
         seconds: time they took.
     """

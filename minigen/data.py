@@ -26,7 +26,7 @@ class Dataset:
     Attributes:
         name: what was asked for, for example ``folder:photos``.
         x: images, uint8 ``n c h w`` with values 0 .. bins - 1, or points, float32 ``n d``.
-        bins: grey values of a pixel; 0 for points.
+        bins: gray values of a pixel; 0 for points.
         flip: whether the mirror image of a sample is as good a sample.
         labels: ``n`` classes, where known.
     """
@@ -100,7 +100,7 @@ class Batches(Iterator[Tensor]):
     Args:
         x: the data, uint8 ``n c h w`` or float32 ``n d``, on the device where the batches are wanted.
         batch: samples per batch and process.
-        bins: grey values of a pixel.
+        bins: gray values of a pixel.
         flip: mirror each image with probability 1/2.
         seed: of the order and the flips.
         rank: number of this process.

@@ -84,7 +84,7 @@ def bits_per_dim(method: Method, net: Net, x: Tensor, bins: int = 256, batch: in
         method: one with a ``bound``.
         net: ``(x: b *d, u: b) -> b *o``.
         x: ``n c h w`` in [-1, 1].
-        bins: grey values of a pixel.
+        bins: gray values of a pixel.
         batch: samples at a time.
 
     Raises:

@@ -15,7 +15,7 @@ from . import samplers
 from .core import Method, Net, sample, seeded
 
 LEAST_SIGMA = 0.01
-"""Where the adaptive solver hands over to one call of the denoiser: noise below the grey levels of an image."""
+"""Where the adaptive solver hands over to one call of the denoiser: noise below the gray levels of an image."""
 TOLERANCE = 1e-3
 """Of the adaptive solver; a smaller one costs several times as many calls and shows no difference in the samples."""
 

@@ -200,7 +200,7 @@ def test_replaced_first_variance_in_bits():
 
 @pytest.mark.equation("eq:ddpm-bound", "minigen.ddpm.DDPM.bound")
 def test_bound_with_the_exact_denoiser_falls_to_the_entropy():
-    """Four grey values, entropy 1.846 bits: the posterior variance reaches it, the larger one pays for it."""
+    """Four gray values, entropy 1.846 bits: the posterior variance reaches it, the larger one pays for it."""
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64)
     law = Mixture.of(torch.linspace(-1, 1, 4, dtype=F64)[:, None], 0.0, p)
     entropy = float(-(p * p.log()).sum()) / log(2)
