@@ -1,10 +1,21 @@
 """Makes a plain `pytest --nbval chapters/` run the chapters with this interpreter, on the CPU, from any folder."""
+
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent
 # threads that wait must sleep, not spin: spinning makes two processes on two cores a hundred times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers(request):
+    """Every test starts from one random state, so that none depends on those before it."""
+    if "torch" in sys.modules and hasattr(request, "function"):
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_configure(config):

@@ -62,6 +62,8 @@ def _dispatch(words: list[str]) -> int:
     if command == "train":
         from .methods import METHODS
 
+        if rest[:1] in (["-h"], ["--help"]):
+            rest = [next(iter(METHODS)), *rest]  # the options of one method say what all have in common
         if not rest or rest[0] not in METHODS:
             what = f"unknown method {rest[0]!r}" if rest and not rest[0].startswith("-") else "which method?"
             raise ValueError(f"{what}: use python -m minigen train {'|'.join(METHODS)} --data DATA --out RUN")

@@ -63,10 +63,12 @@ def load(path: str | Path, methods: Mapping[str, type[Method]], device: torch.de
         CheckpointError: if there is none, or it cannot be used.
     """
     tensors, info = read(path)
-    net = build(construct(NetConfig, info["net"], path))
-    restore(net, tensors, "ema.", path)
-    data = info["data"]
     method = construct_method(info, methods, path)
+    data, config = info["data"], info["net"]
+    if not isinstance(data, dict) or not {"spec", "bins"} <= set(data):
+        raise CheckpointError(f"{path} does not say what it was trained on: it is no complete checkpoint")
+    net = build(construct(NetConfig, config, path))
+    restore(net, tensors, "ema.", path)
     net = net.requires_grad_(False).eval().to(device)
     return Run(method, net, net.config.shape, data["spec"], data["bins"], info["step"], info["seconds"])
 
@@ -123,7 +125,7 @@ def construct(cls: type[T], fields: dict[str, Any], path: str | Path) -> T:
     """
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path} does not fit this version of {cls.__name__}: {e}") from e
 
 

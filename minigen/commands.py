@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 def train(o: options.Train[Method]) -> int:
     """Start a run or continue it; returns the exit code."""
     pick_device(o.device)
+    for name in ("sample_every", "save_every", "save_minutes"):
+        if getattr(o, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(o, name)}")
     trainer = _continued(o) if o.resume else _new(o)
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change: let it find the fastest kernels once
@@ -67,6 +70,9 @@ def _continued(o: options.Train[Method]) -> Trainer:
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)
     data = load(o.data or info["data"]["spec"], offline=o.offline)
+    spec = info["data"]["spec"]
+    if data.name != spec and not (data.name.startswith("folder:") and spec.startswith("folder:")):  # it may have moved
+        raise ValueError(f"{o.out} was trained on {spec}, not on {data.name}: use another --out")
     if data.shape != net_config.shape:
         raise ValueError(f"the data now has shape {data.shape}, but {o.out} was trained on {net_config.shape}")
     trainer = Trainer(method, nets.build(net_config), data, config, o.device)
@@ -93,7 +99,7 @@ def sample(o: options.Sample) -> int:
 
 
 def measure(o: options.Evaluate) -> int:
-    """Compare samples with data, print the numbers and write them to ``evaluate.json``; returns the exit code."""
+    """Compare samples with data; print the numbers, and keep them in the run's folder; returns the exit code."""
     device = pick_device(o.device)
     run = checkpoint.load(o.run, METHODS, device)
     held, train = load(run.data, o.split, offline=o.offline), load(run.data, offline=o.offline)
@@ -103,8 +109,10 @@ def measure(o: options.Evaluate) -> int:
     seconds = time.monotonic() - began
     if run.bins:
         x = to_float(to_uint8(x, run.bins), run.bins)  # what a picture of it would hold
+    if o.split == "train" and o.n > len(train) // 2:
+        raise ValueError(f"--n {o.n} is more than half of the {len(train)} training samples: use --split test")
     true = held.samples(o.n, o.seed)
-    other = train.samples(len(train), o.seed + (o.split == "test"))[-o.n :]  # of the train split, but other samples
+    other = train.others(o.n, o.seed)
     result: dict[str, Any] = {
         "run": str(o.run), "data": run.data, "trained_steps": run.step, "weights": "EMA", "n": o.n, "split": o.split,
         "n_data": len(true), "sampler": o.sampler, "network_calls": calls, "seed": o.seed, "seconds": round(seconds, 2),
@@ -114,8 +122,8 @@ def measure(o: options.Evaluate) -> int:
     result |= _for_points(run, x, true, other) if len(run.shape) == 1 else _for_images(run, o, true.to(device))
     for name, value in result.items():
         print(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
-    folder = o.run if o.run.is_dir() else o.run.parent
-    (folder / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
+    if o.run.is_dir():
+        (o.run / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

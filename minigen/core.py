@@ -89,7 +89,7 @@ def sample(method: Method, net: Net, shape: Sequence[int], device: torch.device 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run a block with torch's random state set from ``seed``; the state outside is left as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

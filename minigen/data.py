@@ -47,7 +47,14 @@ class Dataset:
 
     def samples(self, n: int, seed: int = 0) -> Tensor:
         """``n`` different samples (all, if there are fewer) in an order fixed by ``seed``, float32 ``n *d``."""
-        index = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))[:n]
+        return self._pick(seed, slice(0, n))
+
+    def others(self, n: int, seed: int = 0) -> Tensor:
+        """``n`` samples from the other end of the order of ``samples``: different ones while 2 n fits."""
+        return self._pick(seed, slice(max(0, len(self.x) - n), None))
+
+    def _pick(self, seed: int, part: slice) -> Tensor:
+        index = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))[part]
         return to_float(self.x[index], self.bins)
 
 

@@ -99,7 +99,7 @@ class DDPM:
         return at(self.alpha_bar.sqrt(), t, x0) * x0 + at((1 - self.alpha_bar).sqrt(), t, x0) * eps
 
     def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (``b *d``) and variance (``b 1``) of q(x_{t-1} | x_t, x_0), eqs. 6 and 7."""
+        """Mean (``b *d``) and variance (``b``, shaped to broadcast) of q(x_{t-1} | x_t, x_0), eqs. 6 and 7."""
         prev = self.alpha_bar[:-1]
         pad = self.beta.new_zeros(1)
         on_x0 = torch.cat([pad, prev.sqrt() * self.beta[1:] / (1 - self.alpha_bar[1:])])

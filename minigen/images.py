@@ -9,6 +9,7 @@ import os
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,8 @@ def _read(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits: keep the upper 8
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
     except Exception as e:  # Pillow raises many kinds, which all mean the same to the reader
         raise ValueError(f"cannot read the image {path} ({type(e).__name__}): replace or remove it") from e
@@ -122,12 +125,12 @@ def _download(archive: Path) -> None:
     from torchvision.datasets.utils import check_integrity
 
     archive.parent.mkdir(parents=True, exist_ok=True)
-    part = archive.with_name(archive.name + ".part")
+    part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
     for patience in (20.0, float("inf")):  # seconds; in the second round any speed will do
         for mirror in CIFAR_MIRRORS:
             try:
                 _fetch(mirror + archive.name, part, patience)
-            except OSError:
+            except (OSError, HTTPException):
                 continue
             if check_integrity(str(part), CIFAR_MD5):
                 part.replace(archive)

@@ -46,7 +46,8 @@ def preset(shape: tuple[int, ...], out: int, width: int | None = None, dropout: 
     """A network that fits data of the given shape: the paper's for 32x32 images, smaller ones below, an MLP for points.
 
     Raises:
-        ValueError: if the width is not positive or the shape is neither ``(d,)`` nor a square ``(c, h, w)``.
+        ValueError: if the width is not positive (for images: even and at least 4), or the shape is neither
+            ``(d,)`` nor a square ``(c, h, w)``.
     """
     if width is not None and width < 1:
         raise ValueError(f"the width must be at least 1, got {width}: try 32, or leave it out for the default")
@@ -54,6 +55,8 @@ def preset(shape: tuple[int, ...], out: int, width: int | None = None, dropout: 
         return NetConfig(shape, out, width or 128, mults=(), blocks=4, attention=(), dropout=dropout or 0.0)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"no network for data of shape {shape}: give points (d,) or square images (c, h, h)")
+    if width is not None and (width < 4 or width % 2):
+        raise ValueError(f"the width for images must be even and at least 4, got {width}: try 32")
     side = shape[1]
     if side <= 8:
         default = NetConfig(shape, out, width or 32, (1, 2), 1, (4,), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Literal
 
 from .data import Dataset
@@ -46,7 +46,7 @@ class TrainConfig:
             raise ValueError("training needs an end: give --steps or --minutes")
         for name in ("steps", "minutes", "batch", "lr", "grad_clip", "log_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
         if self.warmup < 0 or not 0 <= self.ema < 1:
             raise ValueError(f"--warmup must be at least 0 and --ema in [0, 1), got {self.warmup} and {self.ema}")

@@ -162,6 +162,9 @@ BAD = [
     ("train ddpm --data folder:DIR/mixed --out RUN", "images of mixed size"),
     ("train ddpm --data cifar10 --offline --out RUN", "CIFAR-10 is not in"),
     ("train ddpm --data digits --out RUN --width 0", "width must be at least 1, got 0"),
+    ("train ddpm --data digits --out RUN --width 15", "even and at least 4, got 15"),
+    ("train ddpm --data digits --out RUN --minutes inf", "--minutes must be"),
+    ("train ddpm --data digits --out RUN --sample-every -1", "--sample-every must be"),
     ("train ddpm --data digits --out RUN --steps 0", "--steps must be positive, got 0"),
     ("train ddpm --data digits --out RUN --batch -4", "--batch must be positive, got -4"),
     ("train ddpm --data digits --out RUN --minutes 0", "--minutes must be positive"),
@@ -176,7 +179,7 @@ BAD = [
     ("train ddpm --out DONE --resume --batch 7", "--batch 7 is not the 16 of"),
     ("train ddpm --out DONE --resume --width 9", "--width 9 is not the 8 of"),
     ("train ddpm --out DONE --resume --T 50", "is not the DDPM\\(T=20"),
-    ("train ddpm --out DONE --resume --data two_modes", "the data now has shape"),
+    ("train ddpm --out DONE --resume --data two_modes", "was trained on digits, not on two_modes"),
     ("train ddpm --data digits --out DIR/mixed/a.png", "File exists|Not a directory"),
     ("sample RUN", "is not a run"),
     ("sample DIR/mixed/a.png", "damaged or not a checkpoint"),
@@ -237,7 +240,7 @@ def test_help(capsys):
 
 # Interruptions
 
-LONG = ["train", "ddpm", "--data", "eight_gaussians", "--steps", "900", "--log-every", "10", *SMALL]
+LONG = ["train", "ddpm", "--data", "eight_gaussians", "--steps", "2000", "--log-every", "10", *SMALL]
 
 
 def start(run, *more):
@@ -265,7 +268,7 @@ def comparable(run):
 def unbroken(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     process = start(run)
-    assert process.wait(120) == 0, process.stderr.read()
+    assert process.wait(300) == 0, process.stderr.read()
     return comparable(run)
 
 
@@ -273,19 +276,19 @@ def unbroken(tmp_path_factory):
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, unbroken, how):
     run = tmp_path / "run"
     process = start(run, "--save-every", "70")
-    wait_for(process, run, 300)
+    wait_for(process, run, 100)
     process.send_signal(how)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     _, info = checkpoint.read(run, with_tensors=False)
     if how == signal.SIGKILL:
-        assert process.returncode == -9 and info["step"] % 70 == 0 and info["step"] >= 280
+        assert process.returncode == -9 and info["step"] % 70 == 0 and info["step"] >= 70
     else:
         assert process.returncode == 128 + how
         assert said.splitlines()[-1].startswith(f"minigen: stopped at step {info['step']} and saved; continue with: ")
-    assert info["step"] < 900
+    assert info["step"] < 2000
     with (run / "log.csv").open("a") as f:
-        f.write("890,0.1,")  # a line cut short, and one from beyond the checkpoint
-    ok("train", "ddpm", "--out", run, "--resume")
+        f.write("1990,0.1,")  # a line cut short, and one from beyond the checkpoint
+    ok("train", "ddpm", "--out", run, "--resume", "--device", "cpu")
     tensors, rest, log = comparable(run)
     assert (rest, log) == unbroken[1:]  # no step twice, no digit different
     assert not [k for k in unbroken[0] if not torch.equal(tensors[k], unbroken[0][k])]

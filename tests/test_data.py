@@ -208,3 +208,17 @@ def test_batches_of_nothing_are_refused():
     for x, batch in ((numbered(0), 4), (numbered(4), 0)):
         with pytest.raises(ValueError, match="positive size"):
             data.Batches(x, batch)
+
+
+def test_sixteen_bit_gray_keeps_its_ramp(tmp_path):
+    ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    x = data.load(f"folder:{tmp_path}").x
+    assert x.shape == (1, 3, 8, 8)
+    assert x[0, 0].flatten().tolist() == (ramp.flatten() >> 8).tolist()
+
+
+def test_others_are_other_samples():
+    digits = data.load("digits")
+    a, b = digits.samples(700, seed=3), digits.others(700, seed=3)
+    assert torch.cdist(a.flatten(1), b.flatten(1)).min() > 0

@@ -32,12 +32,12 @@ RANDOM = torch.Generator().manual_seed(0)
 PICTURES = Dataset("pictures", torch.randint(0, 256, (30, 3, 8, 8), generator=RANDOM).byte(), 256, True)
 
 
-def trainer(data, width=8, **changes):
+def trainer(data, width=8, device="cpu", **changes):
     config = replace(preset(data), **{"steps": 12, "batch": 16, "warmup": 3, "log_every": 4, **changes})
     method = DDPM(T=20)
     with seeded(config.seed):  # dropout, so that the network draws random numbers too
         net = nets.build(nets.preset(data.shape, method.out_channels(data.shape[0]), width, dropout=0.1))
-    return Trainer(method, net, data, config, "cpu")
+    return Trainer(method, net, data, config, device)
 
 
 def everything(t):
@@ -304,7 +304,10 @@ def test_cuda_that_is_absent_is_said():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu(tmp_path):
     t = trainer(PICTURES, device="cuda", precision="bf16")
-    t.save(tmp_path / "run")
     assert list(t)[-1].step == 12
+    t.save(tmp_path / "run")
     again = trainer(PICTURES)
     again.load(tmp_path / "run")
+    assert again.step == 12
+    mine, other = again.net.state_dict(), t.net.state_dict()
+    assert not [k for k in mine if not torch.equal(mine[k], other[k].cpu())]

@@ -36,6 +36,9 @@ def main():
     ap.add_argument("--data", required=True, help="what the data were, in words")
     a = ap.parse_args()
     run, config = load(a.run), json.loads((a.run / "config.json").read_text())
+    planned = config["train"]
+    if run.step < (planned["steps"] or 0) or run.seconds < 60 * (planned["minutes"] or 0):
+        sys.exit(f"{a.run} is not complete: continue it first")
     with (a.run / "log.csv").open() as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     samples, calls = draw(run.method, run.net, (64, *run.shape), sampler="ddim", steps=50, seed=0)
