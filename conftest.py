@@ -12,10 +12,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers(request):
-    """Every test starts from one random state, so that none depends on those before it."""
+def _same_start(request):
+    """Every test starts from one random state, so that none depends on those before it, and with one thread.
+
+    Small networks gain nothing from more threads, and on a busy machine those that wait cost a factor of ten.
+    """
     if "torch" in sys.modules and hasattr(request, "function"):
         sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_num_threads(1)
 
 
 def pytest_configure(config):

@@ -19,16 +19,6 @@ from minigen import checkpoint
 from minigen.__main__ import main
 from minigen.laws import LAWS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small networks gain nothing from more, and on a busy machine waiting threads cost a factor of ten."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 SMALL = ["--width", "8", "--batch", "16", "--warmup", "2", "--device", "cpu", "--T", "20"]
 
 

@@ -9,15 +9,6 @@ import torch
 from minigen import DDPM, evaluate, laws, seeded
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small networks gain nothing from more, and on a busy machine waiting threads cost a factor of ten."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def fixed_seed():
     with seeded(0):

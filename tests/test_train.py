@@ -18,16 +18,6 @@ from minigen.processes import Stream, pick_device
 from minigen.recipe import TrainConfig, preset
 from minigen.train import Ema, Trainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small networks gain nothing from more, and on a busy machine waiting threads cost a factor of ten."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 RANDOM = torch.Generator().manual_seed(0)
 PICTURES = Dataset("pictures", torch.randint(0, 256, (30, 3, 8, 8), generator=RANDOM).byte(), 256, True)
 
