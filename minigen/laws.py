@@ -61,6 +61,19 @@ class Mixture:
         means = self.means.to(x).flatten(1)
         return (w * keep).sum(1, keepdim=True).mul(x.flatten(1)).add((w * (1 - keep)) @ means).reshape(x.shape)
 
+    def moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each coordinate of x_0 given x_0 + sigma * noise = x, ``b *d`` both."""
+        level = torch.as_tensor(sigma).to(x).expand(len(x))
+        flat, means, var = x.flatten(1).double(), self.means.to(x).flatten(1).double(), self.std.to(x)[None] ** 2
+        w, keep = self.responsibilities(x, level).double(), (var / (var + level[:, None] ** 2)).double()  # b k
+        w0, w1, w2 = w * (1 - keep), w * keep, w * (1 - keep) ** 2
+        mean = w1.sum(1, keepdim=True) * flat + w0 @ means
+        # E[(x_0 - x)**2], whose parts are small where the noise is, minus the square of its mean
+        about = (w2 @ means**2) - 2 * flat * (w2 @ means) + w2.sum(1, keepdim=True) * flat**2
+        within = w1.sum(1, keepdim=True) * level[:, None].double() ** 2
+        spread = (about - (mean - flat) ** 2).clamp(min=0) + within
+        return mean.to(x).reshape(x.shape), spread.to(x).reshape(x.shape)
+
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The gradient of ``log_prob`` in ``x``, ``b *d``, by Tweedie's formula; ``sigma`` (``b``) positive."""
         level = torch.as_tensor(sigma).to(x).expand(len(x))

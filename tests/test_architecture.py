@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "minigen"
 MODULES = sorted(PACKAGE.glob("*.py"))
 LAYER = {
     "core": 0,
-    "bound": 1, "samplers": 1, "laws": 1, "images": 1,
-    "ddpm": 2, "nets": 2, "data": 2,
-    "methods": 3, "recipe": 3, "processes": 3, "checkpoint": 3, "log": 3, "evaluate": 3, "viz": 3,
-    "train": 4, "generate": 4, "options": 4,
-    "fit": 5, "commands": 6, "__main__": 7, "__init__": 7,
+    "bound": 1, "samplers": 1, "laws": 1, "images": 1, "multiply": 1,
+    "chain": 2, "binary": 2, "ddpm": 2, "nets": 2, "data": 2, "readout": 2,
+    "dpm": 3,
+    "methods": 4, "recipe": 3, "processes": 3, "checkpoint": 5, "log": 3, "evaluate": 3, "viz": 3,
+    "train": 6, "generate": 4, "options": 4,
+    "fit": 7, "commands": 8, "__main__": 9, "__init__": 9,
 }  # fmt: skip
 ONLY_ABOVE = {"matplotlib": 3, "ipywidgets": 3, "accelerate": 3, "torchmetrics": 3, "tqdm": 3, "tyro": 4}
 

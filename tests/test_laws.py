@@ -45,3 +45,20 @@ def test_empirical_law_gives_back_its_points():
     law = Mixture.of(data)
     assert torch.allclose(law.denoiser(data + 1e-3, torch.tensor(1e-2)), data, atol=1e-4)
     assert torch.allclose(law.denoiser(data, torch.tensor(1e4)), data.mean(0).expand_as(data), atol=1e-3)
+
+
+def test_moments_are_mean_and_variance_of_the_clean_point():
+    law = LAWS["swiss_roll"]()
+    x = law.sample(200)
+    for sigma in (0.02, 0.3, 5.0):
+        noisy = x + sigma * torch.randn_like(x)
+        level = torch.full((200,), sigma)
+        mean, var = law.moments(noisy, level)
+        assert torch.allclose(mean, law.denoiser(noisy, level), atol=1e-5)
+        # Tweedie's second formula: the variance is sigma**2 times the slope of the denoiser
+        h = 1e-3 * sigma
+        for i in range(2):
+            step = h * torch.eye(2)[i]
+            exact = Mixture(law.means.double(), law.std.double(), law.weights.double())
+            up, down = (exact.denoiser((noisy + s * step).double(), level.double())[:, i] for s in (1, -1))
+            assert torch.allclose(var[:, i].double(), sigma**2 * (up - down) / (2 * h), rtol=2e-2, atol=1e-5)
