@@ -35,7 +35,7 @@ def mix(x: Tensor, betas: Tensor) -> Iterator[Tensor]:
 
 
 def clock(betas: Tensor) -> Tensor:
-    """The time after each number of steps, shape ``s + 1``, float64: entry 0 is 0, entry k the sum of -log(1 - beta)."""
+    """The time after each number of steps, ``s + 1``, float64: entry 0 is 0, entry k the sum of -log(1 - beta)."""
     passed = -torch.log1p(-betas.double()).cumsum(0)
     return torch.cat([passed.new_zeros(1), passed])
 
