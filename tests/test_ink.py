@@ -343,9 +343,7 @@ def test_prices_follow_three_powers(law):
         y = center + z * sqrt(beta)
         q = on(kernel, y)
         models = (sqrt(1 - beta) * x, beta**0.5), (center, beta**0.5), (center, var.sqrt())
-        paid += weight * torch.stack(
-            [torch.trapezoid(q.exp() * (q - Normal(c, s).log_prob(y)), y) for c, s in models]
-        )
+        paid += weight * torch.stack([torch.trapezoid(q.exp() * (q - Normal(c, s).log_prob(y)), y) for c, s in models])
     for k in (1, 2, 3):
         g = diff(on(law) + GRID**2 / 2, k)
         leading = beta**k / (2 * factorial(k)) * mean(g**2, law)
