@@ -115,9 +115,9 @@ class Ink:
         return self.law.score(x * exp(t / 2), torch.tensor(sqrt(expm1(t)), dtype=x.dtype)) * exp(t / 2)
 
     def free_energy(self, x: Tensor, t: float) -> Tensor:
-        """The terms ``|x|**2 / 2 + log p_t(x)`` at draws ``x`` (``b *d``) of p_t, in nats, shape ``b``; the mean is F(t)."""
+        """The terms ``|x|**2 / 2 + log p_t(x)`` at draws ``x`` (``b *d``) of p_t, nats, ``b``; their mean is F(t)."""
         return x.flatten(1).square().sum(1) / 2 + self.at(t).log_prob(x)
 
     def dissipation(self, x: Tensor, t: float) -> Tensor:
-        """The terms ``|x + score|**2 / 2`` at draws ``x`` (``b *d``) of p_t, shape ``b``; the mean is -dF/dt."""
+        """The terms ``|x + score|**2 / 2`` at draws ``x`` (``b *d``) of p_t, shape ``b``; their mean is -dF/dt."""
         return (x + self.score(x, t)).flatten(1).square().sum(1) / 2
