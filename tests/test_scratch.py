@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from minigen import DDPM, sample, seeded
+from minigen.ink import Ink, mix, unmix
+from minigen.laws import Mixture
 
 jupytext = pytest.importorskip("jupytext")
 CHAPTERS = Path(__file__).parent.parent / "chapters"
@@ -48,3 +50,20 @@ def test_ddpm_from_scratch_equals_the_package():
     with seeded(2):
         theirs = sample(DDPM(), as_package, (64, 2))
     assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_ink_from_scratch_equals_the_package():
+    space, source = scratch("02_ink")
+    assert len([x for x in source.splitlines() if x.strip()]) <= 25, "twenty-five lines suffice"
+    betas, centers, width = space["beta"], torch.randn(30, 2, dtype=torch.float64), 0.1
+    cloud = torch.randn(50, 2, dtype=torch.float64)
+    with seeded(1):
+        ours = space["dissolve"](cloud)
+    with seeded(1):
+        *_, theirs = mix(cloud, betas)
+    assert torch.allclose(ours, theirs, atol=1e-9)
+    with seeded(2):
+        ours = space["gather"](cloud, centers, width)
+    with seeded(2):
+        *_, theirs = unmix(Ink(Mixture.of(centers, width)).score, cloud, betas)
+    assert torch.allclose(ours, theirs, atol=1e-6)
