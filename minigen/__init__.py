@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from .core import sample, seeded
 from .ddpm import DDPM
+from .ncsn import NCSN
 
 if TYPE_CHECKING:
     from .checkpoint import Run
 
-__all__ = ["DDPM", "load", "sample", "seeded"]
+__all__ = ["DDPM", "NCSN", "load", "sample", "seeded"]
 __version__ = "0.1.0"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .core import Method
 from .ddpm import DDPM
+from .ncsn import NCSN
 
-METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DDPM,)}
+METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DDPM, NCSN)}
 """A checkpoint stores the name; the fields of the dataclass are the options of ``python -m minigen train NAME``."""
