@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from .core import sample, seeded
 from .ddpm import DDPM
 from .dpm import DPM
+from .ncsn import NCSN
 
 if TYPE_CHECKING:
     from .checkpoint import Run
 
-__all__ = ["DDPM", "DPM", "load", "sample", "seeded"]
+__all__ = ["DDPM", "DPM", "NCSN", "load", "sample", "seeded"]
 __version__ = "0.1.0"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .core import Method
 from .ddpm import DDPM
 from .dpm import DPM
+from .ncsn import NCSN
 
-METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DPM, DDPM)}
+METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DPM, NCSN, DDPM)}
 """A checkpoint stores the name; the fields of the dataclass are the options of ``python -m minigen train NAME``."""

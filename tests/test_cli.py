@@ -119,6 +119,27 @@ def test_plot(modes, capsys):
     assert (modes / "loss.png").exists()
 
 
+FEW = ["--width", "8", "--batch", "16", "--warmup", "2", "--device", "cpu", "--steps", "4"]
+
+
+@pytest.mark.parametrize("data", ["digits", "two_modes"])
+def test_ncsn(tmp_path, data):
+    """Images get the paper's ladder, points a wider one; what is said on the command line stays."""
+    run = tmp_path / "run"
+    ok("train", "ncsn", "--data", data, "--T", 3, "--out", run, *FEW)
+    fields = json.loads((run / "config.json").read_text())["method_fields"]
+    assert fields["T"] == 3
+    defaults = {"digits": (10, 2, False), "two_modes": (20, 5, True)}
+    assert (fields["L"], fields["sigma_1"], fields["denoise"]) == defaults[data]
+    ok("train", "ncsn", "--T", 3, "--out", run, "--resume", "--steps", 6, "--device", "cpu")
+    for sampler in ("paper", "ddim", "heun", "rk45"):
+        ok("sample", run, "--n", 3, "--steps", 4, "--sampler", sampler, "--out", tmp_path / f"{sampler}.npy")
+        assert np.isfinite(np.load(tmp_path / f"{sampler}.npy")).all()
+    ok("evaluate", run, "--n", 20, "--steps", 3, "--sampler", "paper")
+    assert "bits_per_dim" not in json.loads((run / "evaluate.json").read_text())  # it has no bound
+    assert main(["train", "ncsn", "--resume", "--L", "7", "--out", str(run)]) == 2
+
+
 def test_resume_goes_on_and_finishing_twice_does_nothing(tmp_path, capsys):
     run = tmp_path / "run"
     ok("train", "ddpm", "--data", "two_modes", "--steps", 6, "--log-every", 2, "--out", run, *SMALL)
@@ -159,6 +180,8 @@ BAD = [
     ("train ddpm --data digits --out RUN --batch -4", "--batch must be positive, got -4"),
     ("train ddpm --data digits --out RUN --minutes 0", "--minutes must be positive"),
     ("train ddpm --data digits --out RUN --T 1", "T >= 2"),
+    ("train ncsn --data digits --out RUN --sigma-1 0.01", "sigma_1 > sigma_L"),
+    ("train ncsn --data digits --out RUN --eps 0.01", "diverge unless 0 < eps < 4 sigma_L"),
     ("train ddpm --data digits --out RUN --width wide", "--width"),
     ("train ddpm --data digits --out RUN --widht 3", "[Uu]nrecognized"),
     ("train ddpm --data digits --out RUN --device tpu", "--device"),

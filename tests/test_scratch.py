@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigen import DDPM, sample, seeded
+from minigen import DDPM, DPM, NCSN, sample, seeded
 from minigen.ink import Ink, mix, unmix
 from minigen.laws import Mixture
 
@@ -67,3 +67,51 @@ def test_ink_from_scratch_equals_the_package():
     with seeded(2):
         *_, theirs = unmix(Ink(Mixture.of(centers, width)).score, cloud, betas)
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_ncsn_from_scratch_equals_the_package():
+    space, _ = scratch("04_ncsn")
+    method = NCSN(sigma_1=20.0, sigma_L=0.1, L=20, T=60, eps=2e-3, denoise=True, box=8.0, sigma_data=26**0.5)
+    assert torch.allclose(space["sigmas"].double(), method.ladder, rtol=1e-6)
+    torch.manual_seed(0)
+    net = space["ScoreNet"]()
+    x = 5 * torch.randn(64, 2)
+
+    def as_package(y, u):
+        i = (19 * (1 - u)).round().long()
+        sigma = space["sigmas"][i, None]
+        return sigma * net(y * (sigma**2 + 26).sqrt(), i)
+
+    with seeded(1):
+        ours = space["loss"](net, x)
+    with seeded(1):
+        theirs = method.loss(as_package, x).mean()
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+    with seeded(2):
+        ours = space["generate"](net, 64)
+    with seeded(2):
+        theirs = sample(method, as_package, (64, 2))
+    assert torch.allclose(ours, theirs, atol=5e-3)
+
+
+def test_dpm_from_scratch_equals_the_package():
+    space, _ = scratch("03_dpm")
+    method = DPM(T=40, beta_1=0.01, schedule="geometric", alpha_bar_T=0.003)
+    assert torch.allclose(space["beta"].double(), method.chain.beta, atol=1e-6)
+    torch.manual_seed(0)
+    net, x = space["Bumpy"](torch.randn(16, 2)), torch.randn(64, 2)
+    torch.nn.init.normal_(net.weight, std=0.1)
+
+    def as_package(y, u):
+        return torch.cat(net(y, (u * 40).round().long()), dim=1)
+
+    with seeded(1):
+        ours = space["loss"](net, x)
+    with seeded(1):
+        theirs = method.loss(as_package, x).mean()
+    assert torch.allclose(ours, theirs, rtol=1e-3)
+    with seeded(2):
+        ours = space["generate"](net, 64)
+    with seeded(2):
+        theirs = sample(method, as_package, (64, 2))
+    assert torch.allclose(ours, theirs, atol=1e-3)
