@@ -72,11 +72,13 @@ class BinaryDPM:
     def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """P(x_{t-1} = 1 | x_t, x_0) by Bayes' rule, per bit, ``b *d``."""
         before = self.rate(x0, t - 1)
-        on, off = (self._likelihood(x_t, torch.full_like(x_t, bit), t) for bit in (1.0, 0.0))
+        on, off = (self._likelihood(x_t, bit, t) for bit in (1.0, 0.0))
         return on * before / (on * before + off * (1 - before))
 
-    def _likelihood(self, x_t: Tensor, x_prev: Tensor, t: Tensor) -> Tensor:
-        rate = self.step_rate(x_prev, t)
+    def _likelihood(self, x_t: Tensor, bit: float, t: Tensor) -> Tensor:
+        """The probability of ``x_t`` if the bit before was ``bit``."""
+        beta = at(self.beta, t, x_t)
+        rate = bit * (1 - beta) + self.base_rate * beta
         return torch.where(x_t > 0.5, rate, 1 - rate)
 
     # Reverse
@@ -142,7 +144,7 @@ class BinaryDPM:
         """E log p(x_0 | x_1) in nats, ``b``: the step back to x_0 is the forward kernel of beta_1."""
         t = torch.ones(len(x0), dtype=torch.long, device=x0.device)
         on = self.rate(x0, t)  # P(x_1 = 1 | x_0)
-        when = [self._likelihood(x0, torch.full_like(x0, bit), t).log() for bit in (0.0, 1.0)]
+        when = [self._likelihood(x0, bit, t).log() for bit in (0.0, 1.0)]
         return ((1 - on) * when[0] + on * when[1]).flatten(1).sum(1)
 
     def null(self, x0: Tensor) -> Tensor:

@@ -404,3 +404,17 @@ def test_the_units_of_table_1():
     assert math.isclose(1.489 - 3.536, gauss, abs_tol=0.001)
     assert math.isclose(5.4 - 11.5, 3 * gauss, abs_tol=0.05)
     assert round(math.log2(255 * 0.25) - 5.4 / 3, 1) == 4.2
+
+
+@pytest.mark.equation("eq:dpm-answer", None)
+def test_the_best_answer_is_the_slope_of_q_over_pi():
+    law, method = laws.heart(), DPM(T=30)
+    torch.manual_seed(0)
+    for t in (2, 15, 30):
+        n = torch.full((100,), t)
+        x_t = method.chain.perturb(law.sample(100), n, torch.randn(100, 2))
+        z_mu, _ = method.oracle(law.moments)(x_t, n / method.T).chunk(2, dim=1)
+        a, beta = float(method.chain.alpha_bar[t]), float(method.chain.beta[t])
+        sigma = torch.full((100,), float(method.sigma[t]))
+        score = law.score(x_t / a**0.5, sigma) / a**0.5
+        assert torch.allclose(z_mu, (beta / (1 - beta)) ** 0.5 * (x_t + score), rtol=1e-3, atol=1e-4)
