@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from .core import sample, seeded
 from .ddpm import DDPM
+from .pfgm import PFGM
+from .pfgmpp import PFGMPP
 
 if TYPE_CHECKING:
     from .checkpoint import Run
 
-__all__ = ["DDPM", "load", "sample", "seeded"]
+__all__ = ["DDPM", "PFGM", "PFGMPP", "load", "sample", "seeded"]
 __version__ = "0.1.0"
 
 

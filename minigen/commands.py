@@ -13,7 +13,7 @@ import torch
 from . import checkpoint, evaluate, generate, laws, nets
 from .core import Method, seeded
 from .data import load, to_float, to_uint8
-from .fit import fit
+from .fit import fit, for_data
 from .methods import METHODS
 from .processes import pick_device
 from .recipe import TrainConfig, preset
@@ -46,11 +46,13 @@ def _new(o: options.Train[Method]) -> Trainer:
     if o.minutes and o.steps is None:
         given["steps"] = None
     data = load(o.data, offline=o.offline)
-    config = replace(preset(data), **given)
-    net_config = nets.preset(data.shape, o.method.out_channels(data.shape[0]), o.width, o.dropout)
+    method = for_data(o.method, data.shape)
+    batch = {"batch": method.large_batch} if hasattr(method, "large_batch") else {}  # some losses compare with a crowd
+    config = replace(preset(data), **(batch | given))
+    net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), o.width, o.dropout)
     with seeded(config.seed):
         net = nets.build(net_config)
-    return Trainer(o.method, net, data, config, o.device)
+    return Trainer(method, net, data, config, o.device)
 
 
 def _continued(o: options.Train[Method]) -> Trainer:
@@ -65,7 +67,7 @@ def _continued(o: options.Train[Method]) -> Trainer:
         if name not in ("steps", "minutes") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
-    if o.method not in (method, type(method)()):
+    if method not in (o.method, for_data(o.method, net_config.shape)) and o.method != type(method)():
         raise ValueError(f"{o.method} is not the {method} of {o.out}: leave the options out, or use another --out")
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .core import Method
 from .ddpm import DDPM
+from .pfgm import PFGM
+from .pfgmpp import PFGMPP
 
-METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DDPM,)}
+METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DDPM, PFGM, PFGMPP)}
 """A checkpoint stores the name; the fields of the dataclass are the options of ``python -m minigen train NAME``."""

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "minigen"
 MODULES = sorted(PACKAGE.glob("*.py"))
 LAYER = {
     "core": 0,
-    "bound": 1, "samplers": 1, "laws": 1, "images": 1,
-    "ddpm": 2, "nets": 2, "data": 2,
+    "bound": 1, "samplers": 1, "laws": 1, "images": 1, "fields": 1,
+    "ddpm": 2, "pfgm": 2, "pfgmpp": 2, "charges": 2, "nets": 2, "data": 2,
     "methods": 3, "recipe": 3, "processes": 3, "checkpoint": 3, "log": 3, "evaluate": 3, "viz": 3,
     "train": 4, "generate": 4, "options": 4,
     "fit": 5, "commands": 6, "__main__": 7, "__init__": 7,
