@@ -76,7 +76,7 @@ class PFGM:
         """
         gamma = 5 * sqrt(prod(shape) / 3072)
         if len(shape) == 1:
-            return cls(gamma=gamma, z_exp=0.3, target="denoiser", small_batch=512, large_batch=512)
+            return cls(gamma=gamma, z_exp=0.3, z_min=0.01, target="denoiser", small_batch=512, large_batch=512)
         return cls(gamma=gamma, z_exp=0.3, large_batch=1024) if prod(shape) < 3072 else cls()
 
     # Forward
@@ -121,13 +121,26 @@ class PFGM:
         c = x.shape[1]
         return out[:, :c], out[:, c:].flatten(1).mean(1)
 
+    def precondition(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """For the denoiser form: what is kept of ``x`` (``b *d``), and the size of what the network adds.
+
+        The posterior of a Cauchy kernel has a variance of order z, not z**2, hence the root. A far ``x`` is cut to
+        3 per coordinate, since no data lie there.
+        """
+        near = x * expand((3 * x.flatten(1).square().mean(1).rsqrt()).clamp(max=1), x)
+        return near / expand(1 + z, x), expand((z / (1 + z)).sqrt(), x)
+
     def loss(self, net: Net, x: Tensor) -> Tensor:
-        """Algorithm 1, eq. 6: the mean squared error of v, or of E[y | x, z], at the first ``small_batch`` points."""
+        """Algorithm 1, eq. 6: the mean squared error of v at the first ``small_batch`` points.
+
+        In the denoiser form: of E[y | x, z], weighted so that the error is that of the network's own output.
+        """
         x0 = x[: self.small_batch]
         if self.target == "denoiser":  # the kernel itself: the mean over many sources is the field's
             z = self.z_min * (self.z_max / self.z_min) ** torch.rand(len(x0), device=x.device)
             x_z = x0 + expand(z, x0) * CAUCHY.noise(x0)
-            return (x0 - self.predict(net, x_z, z)).square().flatten(1).mean(1)
+            kept, size = self.precondition(x_z, z)
+            return (self.predict(net, x_z, z) - (x0 - kept) / size).square().flatten(1).mean(1)
         m = self.M * torch.rand(len(x0), device=x.device)
         eps = torch.randn(len(x0), x0[0].numel() + 1, device=x.device)
         x_z, z = self.perturb(x0, m, eps)
@@ -157,7 +170,8 @@ class PFGM:
 
         def denoise(x: Tensor, z: Tensor) -> Tensor:
             if self.target == "denoiser":
-                return self.predict(net, x, z)
+                kept, size = self.precondition(x, z)
+                return kept + size * self.predict(net, x, z)
             v_x, v_z = self.predict_field(net, x, z)
             v_z = torch.where(z < self.z_exp, self.substitute(v_x, z), v_z)
             return x + expand(z / (v_z.abs() + 1e-5), x) * v_x  # v_z is negative
@@ -194,7 +208,8 @@ class PFGM:
             x = expand(((1 + z**2) / (1 - rms2)).sqrt(), x_in) * x_in.double()
             y = denoiser(x, z)
             if self.target == "denoiser":
-                return y.to(x_in)
+                kept, size = self.precondition(x, z)
+                return ((y - kept) / size).to(x_in)
             norm = ((x - y).flatten(1).square().sum(1) + z**2).sqrt()
             scale = -sqrt(x[0].numel()) / (norm + self.gamma)
             last = expand(scale * z, x).expand(-1, 1, *x.shape[2:])
