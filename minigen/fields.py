@@ -69,7 +69,7 @@ def empirical_denoiser(data: Tensor, kernel: Kernel = CAUCHY) -> Denoiser:
     """E[y | x] if ``y`` is one of ``data`` (``m *d``) and ``x`` is ``y`` plus noise from ``kernel``.
 
     With the Cauchy kernel ``x - E[y | x]`` is the normalized Poisson field of the data as charges on the plane z = 0
-    (Xu et al. 2022, eq. 5): a mean displacement with weights ``distance**-(n + 1)``. Returns ``denoiser(x, sigma)``.
+    (Xu et al. 2022, section 3.2): a mean displacement with weights ``distance**-(n + 1)``.
     """
     flat = data.flatten(1)
 

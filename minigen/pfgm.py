@@ -94,7 +94,7 @@ class PFGM:
         return x, (scale * eps[:, -1].abs()).clamp(min=1e-10)
 
     def field_target(self, x: Tensor, z: Tensor, charges: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalized field of ``charges`` (``m *d``), eq. 5: v_x (``b *d``) and v_z (``b``)."""
+        """The normalized field of ``charges`` (``m *d``), section 3.2: v_x (``b *d``) and v_z (``b``)."""
         E_x = x - empirical_denoiser(charges, CAUCHY)(x, z)
         norm = (E_x.flatten(1).square().sum(1) + z**2).sqrt()
         scale = -sqrt(x[0].numel()) / (norm + self.gamma)
@@ -131,7 +131,7 @@ class PFGM:
         return near / expand(1 + z, x), expand((z / (1 + z)).sqrt(), x)
 
     def loss(self, net: Net, x: Tensor) -> Tensor:
-        """Algorithm 1, eq. 6: the mean squared error of v at the first ``small_batch`` points.
+        """Algorithm 1: the mean squared error of v at the first ``small_batch`` points.
 
         In the denoiser form: of E[y | x, z], weighted so that the error is that of the network's own output.
         """

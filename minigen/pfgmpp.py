@@ -87,7 +87,7 @@ class PFGMPP:
         return denoise
 
     def loss(self, net: Net, x: Tensor) -> Tensor:
-        """Algorithm 1: the squared error of the denoiser, weighted so that F has targets of variance 1; ``b``."""
+        """Section 3.2: the squared error of the denoiser, weighted so that F has targets of variance 1; ``b``."""
         sigma = (self.P_mean + self.P_std * torch.randn(len(x), device=x.device)).exp()
         noisy = x + expand(sigma, x) * self.kernel.noise(x)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2

@@ -51,7 +51,7 @@ def test_defaults_are_the_papers_and_scale_with_the_data():
 @pytest.mark.equation("eq:pfgm-empirical", "minigen.pfgm.PFGM.field_target")
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_normalized_field_is_a_mean_displacement(d):
-    """The paper's eq. 5 as written: E = c sum (x~ - x~_i) / |x~ - x~_i|^{N+1}, c the inverse sum of the weights."""
+    """As the paper writes it: E = c sum (x~ - x~_i) / |x~ - x~_i|^{N+1}, c the inverse sum of the weights."""
     charges, x, z = points(7, d), points(4, d, 1), torch.tensor([0.1, 0.5, 2.0, 9.0], dtype=F64)
     away = torch.cat([x[:, None] - charges, z[:, None, None].expand(-1, 7, 1)], 2)
     w = away.norm(dim=2, keepdim=True) ** -(d + 1)
