@@ -88,12 +88,12 @@ def _level(sigma: Tensor | float, x: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|**2 for ``x``: ``b n``, ``y``: ``m n``; shape ``b m``.
+    """Squared distances between ``x``: ``b n``, ``y``: ``m n``; shape ``b m``.
 
-    By |x|**2 + |y|**2 - 2 x y, which is fast and needs memory ``b m`` instead of ``b m n``. Its error is 1e-7 (float64:
-    1e-16) of |x|**2 + |y|**2, so both are measured from the mean of ``y``; and matrix products in TensorFloat-32, whose
-    error is ten thousand times larger, are switched off. In float32 and up to 16 dimensions, where neighbors can be
-    very close, the differences are formed.
+    By ``|x|**2 + |y|**2 - 2 x y``, which is fast and needs memory ``b m`` instead of ``b m n``. Its error is 1e-7
+    (float64: 1e-16) of ``|x|**2 + |y|**2``, so both are measured from the mean of ``y``; and matrix products in
+    TensorFloat-32, whose error is ten thousand times larger, are switched off. In float32 and up to 16 dimensions,
+    where neighbors can be very close, the differences are formed.
     """
     if x.shape[1] <= 16 and x.dtype != torch.float64:
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -179,9 +179,9 @@ class PFGM:
         return denoise
 
     def substitute(self, v_x: Tensor, z: Tensor) -> Tensor:
-        """v_z for small z from v_x alone (appendix B.2.3), ``b``: |v_x| gives |E_x|, and E_z = z is known.
+        """v_z for small z from v_x alone (appendix B.2.3), ``b``: its length gives that of E_x, and E_z is z.
 
-        The paper takes |E| for |E_x| here, and finds |E_x| = gamma s / (1 - s); the quadratic equation needs no guess.
+        The paper takes ``|E|`` for ``|E_x|`` and finds ``gamma s / (1 - s)``; the quadratic equation needs no guess.
         """
         root_n = sqrt(v_x[0].numel())
         s = (v_x.flatten(1).norm(dim=1) / root_n).clamp(max=1 - 1e-3)  # |E_x| / (|E| + gamma)
