@@ -131,7 +131,7 @@ class PFGM:
         return near / expand(1 + z, x), expand((z / (1 + z)).sqrt(), x)
 
     def loss(self, net: Net, x: Tensor) -> Tensor:
-        """Algorithm 1: the mean squared error of v at the first ``small_batch`` points.
+        """Algorithm 1: the mean squared error of v at the first ``small_batch`` points, one number for each.
 
         In the denoiser form: of E[y | x, z], weighted so that the error is that of the network's own output.
         """

@@ -304,3 +304,13 @@ def test_gaussian_kernel_is_the_finite_mixture_of_the_other_chapters():
     data = laws.heart().means.double()
     x, s = points(20, 2), torch.tensor(0.3, dtype=F64)
     assert torch.allclose(empirical_denoiser(data, GAUSSIAN)(x, s), laws.Mixture.of(data).denoiser(x, s), atol=1e-9)
+
+
+def test_what_the_released_code_cuts_and_redraws():
+    """PFGM redraws m where |eps_z| < 0.005 at sigma = 0.01; PFGM++ keeps B of the beta law below 1 - 1e-3."""
+    with seeded(0):
+        small = (0.01 * torch.randn(100_000)).abs() < 0.005
+    assert float(small.double().mean()) == pytest.approx(0.38, abs=0.008)
+    cut = {D: stats.beta(1536, D / 2).sf(1 - 1e-3) for D in (1, 2, 64, 2048)}
+    assert cut[1] == pytest.approx(0.92, abs=0.005) and cut[2] == pytest.approx(0.785, abs=0.005)
+    assert max(cut[64], cut[2048]) < 1e-20
