@@ -17,11 +17,13 @@ from .core import sample, seeded
 from .ddpm import DDPM
 from .dpm import DPM
 from .ncsn import NCSN
+from .pfgm import PFGM
+from .pfgmpp import PFGMPP
 
 if TYPE_CHECKING:
     from .checkpoint import Run
 
-__all__ = ["DDPM", "DPM", "NCSN", "load", "sample", "seeded"]
+__all__ = ["DDPM", "DPM", "NCSN", "PFGM", "PFGMPP", "load", "sample", "seeded"]
 __version__ = "0.1.0"
 
 

@@ -13,7 +13,7 @@ import torch
 from . import checkpoint, evaluate, generate, laws, nets
 from .core import Method, seeded
 from .data import load, to_float, to_uint8
-from .fit import fit
+from .fit import fit, for_data
 from .methods import METHODS
 from .processes import pick_device
 from .recipe import TrainConfig, preset
@@ -46,20 +46,13 @@ def _new(o: options.Train[Method]) -> Trainer:
     if o.minutes and o.steps is None:
         given["steps"] = None
     data = load(o.data, offline=o.offline)
-    config = replace(preset(data), **given)
-    method = _for_data(o.method, data.shape)
+    method = for_data(o.method, data.shape)
+    batch = {"batch": method.large_batch} if hasattr(method, "large_batch") else {}  # some losses compare with a crowd
+    config = replace(preset(data), **(batch | given))
     net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), o.width, o.dropout)
     with seeded(config.seed):
         net = nets.build(net_config)
     return Trainer(method, net, data, config, o.device)
-
-
-def _for_data(method: Method, shape: tuple[int, ...]) -> Method:
-    """The method with its own defaults for this kind of data, if it has any; what the command line changed stays."""
-    if not hasattr(method, "for_data"):
-        return method
-    default = asdict(type(method)())
-    return replace(method.for_data(shape), **{k: v for k, v in asdict(method).items() if v != default[k]})
 
 
 def _continued(o: options.Train[Method]) -> Trainer:
@@ -74,7 +67,7 @@ def _continued(o: options.Train[Method]) -> Trainer:
         if name not in ("steps", "minutes") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
-    if o.method != type(method)() and _for_data(o.method, net_config.shape) != method:
+    if method not in (o.method, for_data(o.method, net_config.shape)) and o.method != type(method)():
         raise ValueError(f"{o.method} is not the {method} of {o.out}: leave the options out, or use another --out")
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)

@@ -6,8 +6,10 @@ import json
 import signal
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +20,15 @@ from .train import Trainer
 
 GRIDS = 10
 """Sample grids per run, beside those asked for."""
+
+
+def for_data(method: Any, shape: tuple[int, ...]) -> Any:
+    """The method with its defaults for data of this shape, where its class has such; what was set stays as it is."""
+    cls = type(method)
+    if not hasattr(cls, "for_data"):
+        return method
+    given = {name: value for name, value in asdict(method).items() if value != asdict(cls())[name]}
+    return replace(cls.for_data(shape), **given)
 
 
 class Signals:

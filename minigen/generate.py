@@ -36,8 +36,9 @@ def draw(
         method: what the network was trained with.
         net: ``(x: b *d, u: b) -> b *o``.
         shape: of the result.
-        sampler: ``ddim``, ``heun`` and ``rk45`` need a method with a ``denoiser``; ``paper`` is the method's own.
-        steps: noise levels of ``ddim`` and ``heun``.
+        sampler: ``ddim``, ``euler``, ``heun`` and ``rk45`` need a method with a ``denoiser``; ``paper`` is the method's
+            own. Without fresh noise, as here, ``ddim`` and ``euler`` are one method, good for every kernel.
+        steps: noise levels of ``ddim``, ``euler`` and ``heun``.
         seed: same seed, same samples.
         device: where to draw.
 
@@ -74,10 +75,12 @@ def _draw(method: Any, net: Net, shape: Sequence[int], sampler: str, steps: int,
         return denoiser(x, torch.full((len(x),), LEAST_SIGMA, device=x.device))
     if sampler == "ddim":
         *_, x = samplers.ddim(denoiser, x, sigmas)
+    elif sampler == "euler":
+        *_, x = samplers.euler(samplers.probability_flow(denoiser), x, sigmas)
     elif sampler == "heun":
         *_, x = samplers.heun(samplers.probability_flow(denoiser), x, sigmas)
     else:
-        raise ValueError(f"unknown sampler {sampler!r}: use ddim, heun, rk45 or paper")
+        raise ValueError(f"unknown sampler {sampler!r}: use ddim, euler, heun, rk45 or paper")
     return x
 
 

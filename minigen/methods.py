@@ -6,6 +6,8 @@ from .core import Method
 from .ddpm import DDPM
 from .dpm import DPM
 from .ncsn import NCSN
+from .pfgm import PFGM
+from .pfgmpp import PFGMPP
 
-METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DPM, NCSN, DDPM)}
+METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (DPM, NCSN, DDPM, PFGM, PFGMPP)}
 """A checkpoint stores the name; the fields of the dataclass are the options of ``python -m minigen train NAME``."""

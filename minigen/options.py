@@ -13,7 +13,7 @@ _preset = "(default: preset)"
 Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_preset)]
 Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_preset)]
 Device = Literal["auto", "cpu", "cuda"]
-Sampler = Literal["ddim", "heun", "rk45", "paper"]
+Sampler = Literal["ddim", "euler", "heun", "rk45", "paper"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Sample:
     out: Path = Path("samples.png")
     """where to write"""
     steps: int = 50
-    """steps of ddim and heun"""
+    """steps of ddim, euler and heun"""
     sampler: Sampler = "ddim"
     """paper: the method's own"""
     seed: int = 0
@@ -102,7 +102,7 @@ class Evaluate:
     split: Literal["test", "train"] = "test"
     """the part of the data to compare with"""
     steps: int = 50
-    """steps of ddim and heun"""
+    """steps of ddim, euler and heun"""
     sampler: Sampler = "ddim"
     """paper: the method's own"""
     bits: int = 8

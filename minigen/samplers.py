@@ -131,12 +131,19 @@ def rk45(velocity: Velocity, x: Tensor, start: float, end: float, tol: float = 1
     return _solve(lambda y, level: (velocity(y, level), y.new_zeros(0)), x, start, end, tol, extra=0)
 
 
-def log_likelihood(denoiser: Denoiser, x0: Tensor, sigma_min: float, sigma_max: float, tol: float = 1e-5) -> Solution:
+def log_likelihood(
+    denoiser: Denoiser,
+    x0: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    tol: float = 1e-5,
+    prior: Callable[[Tensor], Tensor] | None = None,
+) -> Solution:
     """Exact log-density of ``x0`` under the probability flow, in nats: ``extra`` of the result, shape ``b``.
 
     Follows ``d log p = - div v dsigma`` from ``sigma_min`` (at which ``x0`` is taken to lie) to ``sigma_max``, where
-    the law is taken to be ``N(0, sigma_max**2)`` (Song, Sohl-Dickstein et al. 2021, eq. 39). The divergence is exact:
-    one backward pass per dimension, so this is meant for few dimensions.
+    ``prior`` gives the log-density, ``b *d`` to ``b``; by default that of ``N(0, sigma_max**2)`` (Song, Sohl-Dickstein
+    et al. 2021, eq. 39). The divergence is exact: one backward pass per dimension, so this is meant for few dimensions.
     """
     flow = probability_flow(denoiser)
 
@@ -151,6 +158,8 @@ def log_likelihood(denoiser: Denoiser, x0: Tensor, sigma_min: float, sigma_max: 
         return v.detach(), div
 
     out = _solve(with_divergence, x0, sigma_min, sigma_max, tol, extra=len(x0))
+    if prior is not None:
+        return Solution(out.x, out.nfe, prior(out.x) + out.extra)
     d = prod(x0.shape[1:])
     log_prior = -out.x.flatten(1).square().sum(1) / (2 * sigma_max**2) - d * (log(sigma_max) + 0.5 * log(2 * pi))
     return Solution(out.x, out.nfe, log_prior + out.extra)

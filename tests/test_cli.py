@@ -199,7 +199,7 @@ BAD = [
     ("sample DONE --n 0 --out DIR/x.png", "--n must be positive"),
     ("sample DONE --steps 21 --out DIR/x.png", "steps must be between 1 and T = 20"),
     ("sample DONE --n 1 --steps 1 --out DIR/x.nothing", "unknown file extension"),
-    ("sample DONE --sampler euler", "--sampler"),
+    ("sample DONE --sampler leap", "--sampler"),
     ("evaluate RUN", "is not a run"),
     ("evaluate DONE --n -1", "--n must be positive"),
     ("plot RUN", "nothing to plot"),
@@ -305,3 +305,34 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, unbroken, h
     tensors, rest, log = comparable(run)
     assert (rest, log) == unbroken[1:]  # no step twice, no digit different
     assert not [k for k in unbroken[0] if not torch.equal(tensors[k], unbroken[0][k])]
+
+
+@pytest.mark.parametrize("method", ["pfgm", "pfgmpp"])
+def test_poisson_flow_trains_samples_evaluates_and_resumes(method, tmp_path, capsys):
+    words = ["--width", 8, "--batch", 32, "--warmup", 2, "--device", "cpu"]
+    for data in ("digits", "two_modes"):
+        run = tmp_path / data
+        ok("train", method, "--data", data, "--steps", 4, "--log-every", 2, "--out", run, *words)
+        ok("evaluate", run, "--n", 20, "--sampler", "euler", "--steps", 3)
+        assert json.loads((run / "evaluate.json").read_text())["network_calls"] == 3
+        for sampler in ("ddim", "heun", "rk45", "paper"):
+            ok("sample", run, "--n", 3, "--steps", 3, "--sampler", sampler, "--out", tmp_path / "grid.png")
+        ok("train", method, "--out", run, "--resume", "--steps", 6, "--device", "cpu")
+        assert rows(run)[-1]["step"] == 6
+    fields = json.loads((tmp_path / "digits" / "config.json").read_text())
+    if method == "pfgm":
+        assert fields["net"]["out"] == 2 and fields["method_fields"]["target"] == "field"
+    plain = [w for w in words if w not in ("--batch", 32)]
+    ok("train", method, "--data", "digits", "--steps", 1, "--out", tmp_path / "wide", *plain)
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert config["train"]["batch"] == (1024 if method == "pfgm" else 128)
+
+
+def test_options_that_were_given_stay_when_the_rest_fits_the_data(tmp_path):
+    run = tmp_path / "run"
+    words = ["--gamma", 0.4, "--device", "cpu"]
+    ok("train", "pfgm", "--data", "two_modes", "--steps", 2, "--batch", 16, "--width", 8, "--out", run, *words)
+    ok("train", "pfgm", "--out", run, "--resume", "--steps", 3, *words)
+    fields = json.loads((run / "config.json").read_text())["method_fields"]
+    assert fields["gamma"] == 0.4 and fields["target"] == "denoiser"
+    assert main(["train", "pfgm", "--out", str(run), "--resume", "--steps", "4", "--gamma", "0.5"]) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigen import DDPM, DPM, NCSN, sample, seeded
+from minigen import DDPM, DPM, NCSN, PFGM, sample, samplers, seeded
 from minigen.ink import Ink, mix, unmix
 from minigen.laws import Mixture
 
@@ -115,3 +115,29 @@ def test_dpm_from_scratch_equals_the_package():
     with seeded(2):
         theirs = sample(method, as_package, (64, 2))
     assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_pfgm_from_scratch_equals_the_package():
+    space, source = scratch("07_pfgm")
+    net = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 3))
+    y = torch.randn(300, 2)
+
+    def joined(out):
+        return lambda x, u: net(torch.cat([x, u[:, None]], 1))[:, :out]
+
+    method, paper = PFGM.for_data((2,)), PFGM(gamma=0.13, small_batch=50)
+    with seeded(1):
+        ours = space["loss"](joined(2), y)
+    with seeded(1):
+        assert torch.allclose(ours, method.loss(joined(2), y).mean(), rtol=1e-4)
+    with seeded(2):
+        ours = space["field_loss"](lambda x, z: paper.predict(joined(3), x, z), y, 50, 0.13)
+    with seeded(2):
+        assert torch.allclose(ours, paper.loss(joined(3), y).mean(), rtol=1e-4)
+    with seeded(3):
+        ours = space["generate"](joined(2), 64)
+    with seeded(3), torch.no_grad():
+        x = method.prior((64, 2))
+        *_, x = samplers.euler(samplers.probability_flow(method.denoiser(joined(2))), x, method.sigmas(20))
+    assert torch.allclose(ours, x, atol=1e-3)
+    assert "minigen" not in source
