@@ -87,7 +87,7 @@ class BinaryDPM:
         """One logit per bit."""
         return c
 
-    def step_back(self, net: Net, x_t: Tensor, t: Tensor) -> Tensor:
+    def rate_back(self, net: Net, x_t: Tensor, t: Tensor) -> Tensor:
         """f_b, the model's P(x_{t-1} = 1 | x_t); zeros from the network, and t = 1, give the forward kernel."""
         forward = self.step_rate(x_t, t)
         learned = torch.sigmoid(net(x_t, t / self.T) + forward.logit())
@@ -117,7 +117,7 @@ class BinaryDPM:
     def kl(self, net: Net, x0: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, ``b``, for one draw of x_t."""
         x_t = self.perturb(x0, t)
-        return bernoulli_kl(self.posterior(x_t, x0, t), self.step_back(net, x_t, t)).flatten(1).sum(1)
+        return bernoulli_kl(self.posterior(x_t, x0, t), self.rate_back(net, x_t, t)).flatten(1).sum(1)
 
     def prior(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Independent bits, 1 with probability b."""
@@ -126,7 +126,7 @@ class BinaryDPM:
     def reverse(self, net: Net, x: Tensor) -> Iterator[Tensor]:
         """Draw x_{T-1}, ..., x_0 from the reverse process."""
         for step in range(self.T, 0, -1):
-            x = torch.bernoulli(self.step_back(net, x, torch.full((len(x),), step, device=x.device)))
+            x = torch.bernoulli(self.rate_back(net, x, torch.full((len(x),), step, device=x.device)))
             yield x
 
     # The bound

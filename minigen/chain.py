@@ -19,11 +19,12 @@ from .core import Net, at
 def fraction(T: int, beta_1: float) -> Tensor:
     """The schedule beta_t = 1 / (T - t + 2), entry 0 is 0, shape ``T + 1``; beta_1 is set apart.
 
-    Each step erases 1 / (T + 1) of the first signal's variance (section 2.4.1), and 1 / (T + 1) is left at the end. The
-    released code's schedule, 1 / linspace(T, 2, T), is this one within rounding.
+    After the first step each one erases (1 - beta_1) / T of the first signal's variance, and as much is left at the end
+    (section 2.4.1). The released code's 1 / linspace(T, 2, T) agrees to a relative 1 / T, apart from 0.001 that it adds
+    to beta_1.
     """
     beta = 1 / torch.arange(T + 2, 1, -1, dtype=torch.float64)
-    beta[:2] = torch.tensor([0.0, beta_1])
+    beta[0], beta[1] = 0, beta_1
     return beta
 
 

@@ -180,7 +180,7 @@ class DPM:
     def K(self, net: Net, x0: Tensor) -> Tensor:
         """The paper's bound, eq. 14 = 51, in nats, one number per sample (``b``); its mean is K.
 
-        Right only for data of mean zero and unit variance: two entropies stand where the data should.
+        Right only for data with mean square 1: two entropies stand where the data should.
         """
         h = self.chain.entropies()
         return x0[0].numel() * (h["X_T|X_0"] - h["X_1|X_0"] - h["X_T"]) - self.terms(net, x0).sum(0)

@@ -1,7 +1,8 @@
 """Multiply a step back by a second distribution (Sohl-Dickstein et al. 2015, section 2.5 and appendix C).
 
 Each function returns a rule ``(mean, var, t) -> (mean, var)`` for the step from x_t to x_{t-1}, which ``DPM.reverse``
-applies to every step. So one samples from p(x_0) r(x_0), up to what the chapter measures.
+applies to every step. Samples follow p(x_0) r(x_0) exactly only if the
+r of step t is the mean of r(x_0) given x_t; with one r for all steps they do not, as the chapter measures.
 """
 
 from __future__ import annotations

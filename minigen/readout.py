@@ -1,7 +1,7 @@
 """The networks of 2015: a body that does not know the time, and a read-out that does.
 
-Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli 2015, appendix D: "a separate linear read-out per time step" for the
-toys (D.1), bump functions of time for images (D.2.1). All are called like any network of this package,
+Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli 2015, appendix D: a linear read-out of its own for every
+step in the toys (D.1), bump functions of time for images (D.2.1). All are called like any network of this package,
 ``net(x: b *d, u: b) -> b out``, with u = t / T, and their read-out starts at zero: the first model is the forward
 process run backwards.
 """

@@ -81,8 +81,31 @@ def test_the_best_step_beats_its_neighbors():
         torch.manual_seed(1)
         return method.kl(net, x0, t).mean()
 
-    for shift in (-0.3, 0.3):
-        assert cost(lambda x, u, s=shift: best(x, u) + s) > cost(best)
+    for shift in (-0.5, 0.5):
+        for i in (0, 7, 19):
+            one = shift * torch.eye(20)[i]
+            assert cost(lambda x, u, s=one: best(x, u) + s) > cost(best)
+
+
+def test_jarzynski_measures_the_share_of_valid_sequences():
+    method, n = BinaryDPM(T=20), 20_000
+    best, phases = method.oracle(heartbeat()), heartbeat()
+    torch.manual_seed(0)
+    x, log_w = heartbeat(n), torch.zeros(n)
+    for t in range(1, 21):
+        at = torch.full((n,), t)
+        ahead = torch.bernoulli(method.step_rate(x, at))
+        forward, back = method.step_rate(x, at), method.rate_back(best, ahead, at)
+        log_w += torch.where(x > 0.5, back, 1 - back).log().sum(1)
+        log_w -= torch.where(ahead > 0.5, forward, 1 - forward).log().sum(1)
+        x = ahead
+    log_w += method.null(x)
+    weight = (log_w + torch.log(torch.tensor(5.0))).exp()  # exp(-W); every phase has probability 1/5
+    drawn = sample(method, best, (n, 20))
+    valid = float((drawn[:, None] == phases).all(2).any(1).float().mean())
+    error = math.hypot(float(weight.std()), math.sqrt(valid * (1 - valid))) / n**0.5
+    assert 0.4 < valid < 0.6
+    assert abs(float(weight.mean()) - valid) < 4 * error
 
 
 def test_the_heartbeat_is_drawn_with_many_steps():

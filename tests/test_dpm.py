@@ -115,7 +115,6 @@ def test_the_posterior_is_bayes_rule_and_the_sum_of_precisions():
 
 
 @pytest.mark.equation("eq:dpm-reading", "minigen.chain.Chain.back")
-@pytest.mark.equation("eq:dpm-model", "minigen.dpm.DPM.reverse")
 def test_zeros_are_the_forward_kernel_and_the_reading_is_invertible():
     x, t = torch.randn(5, 2), torch.tensor([1, 2, 10, 20, 40])
     mean, var = FORTY.chain.back(silent(x, t), x, t)
@@ -216,7 +215,10 @@ def test_exact_steps_reach_the_entropy_after_the_first_step():
     error = math.hypot(float(bound.std()) / 100_000**0.5, float(k_star.std()) / 400_000**0.5)
     gap = float(k_star.mean() - bound.mean())
     assert -4 * error < gap < 0.005 + 4 * error
-    assert float(k_star.mean()) < -0.5 * math.log(2 * math.pi * math.e * 0.01)
+    points = two_modes_1d(1e-4)  # nearly without entropy: the ceiling is within the entropy of two points
+    ceiling = -0.5 * math.log(2 * math.pi * math.e * 0.01)
+    top = float(log_q(points, method, draw(points, method, 1, 50_000), 1).mean())
+    assert ceiling - 0.62 < top < ceiling - 0.60  # -(0.3 log 0.3 + 0.7 log 0.7) = 0.611
 
 
 @pytest.mark.equation("eq:dpm-entropy", "minigen.chain.Chain.entropy_bounds")
@@ -253,7 +255,6 @@ def test_jarzynski_second_law_and_fluctuation_dissipation():
         assert abs(mean_exp - 1) < 0.01
         assert abs(mean_exp - 1) < 4 * float((-work).exp().std()) / len(x0) ** 0.5
         second = work + (-work).exp() - 1
-        assert bool((second >= -1e-9).all())
         error = float(work.std()) / len(x0) ** 0.5
         assert abs(float(second.mean() - work.mean())) < 4 * error
         gap = law.log_prob(x0) - method.elbo(net, x0)  # the second law: what the bound loses
@@ -274,7 +275,8 @@ def test_schedules():
     own = Chain(fraction(40, 1 / 41))
     assert torch.allclose(own.alpha_bar, 1 - torch.arange(41, dtype=torch.float64) / 41)
     code = (1 - 1 / torch.linspace(1000, 2, 1000, dtype=torch.float64)).cumprod(0)
-    assert torch.allclose(Chain(fraction(1000, 1 / 1001)).alpha_bar[1:], code, atol=2e-3)
+    assert torch.allclose(Chain(fraction(1000, 1 / 1001)).alpha_bar[1:], code, rtol=2e-2)
+    assert math.isclose(float(f.alpha_bar[-1]), 0.99 / 40, rel_tol=1e-12)
 
 
 @pytest.mark.equation("eq:dpm-product", "minigen.multiply.by_gaussian")
@@ -346,6 +348,7 @@ def test_networks_of_2015():
     assert Dense(20, 20, 200)(torch.zeros(2, 20), torch.ones(2)).shape == (2, 20)
 
 
+@pytest.mark.equation("eq:dpm-model", "minigen.dpm.DPM.reverse")
 def test_exact_steps_bring_back_the_law():
     law = laws.two_modes()
     method = DPM(T=300)
@@ -385,7 +388,7 @@ def test_code_length_of_pixels():
     bound = method.bound(method.oracle(gray.moments), gray.sample(2000), bins=4)
     entropy = -float((gray.weights * gray.weights.log2()).sum())
     error = float(bound.bits.std()) / 2000**0.5
-    assert entropy - 4 * error < float(bound.bits.mean()) < 2.0  # never below the entropy; nothing known: 2 bits
+    assert entropy - 4 * error < float(bound.bits.mean()) < 1.92  # never below the entropy
     assert bound.terms.shape == (30, 2000)
 
 
