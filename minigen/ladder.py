@@ -8,7 +8,7 @@ of 2019 writes ``alpha / 2`` for the same step.
 
 from __future__ import annotations
 
-from math import ceil, log, log10, sqrt
+from math import ceil, inf, log, log10, sqrt
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def largest_distance(x: Tensor) -> float:
 def overlap(gamma: float | Tensor, dims: int) -> Tensor:
     """The share of the thin shell of level i that lies in the shell (+- 3 standard deviations) of level i - 1.
 
-    Proposition 2: noise of level sigma in ``dims`` dimensions has a length close to N(sqrt(dims) sigma, sigma**2 / 2).
+    Noise of level sigma in ``dims`` dimensions has a length close to N(sqrt(dims) sigma, sigma**2 / 2).
     """
     gamma = torch.as_tensor(gamma, dtype=torch.float64)
     away = sqrt(2 * dims) * (gamma - 1)
@@ -59,15 +59,20 @@ def ratio(dims: int, share: float = 0.5) -> float:
 
 
 def levels(sigma_1: float, sigma_L: float, gamma: float) -> int:
-    """How many levels a ladder from ``sigma_1`` down to ``sigma_L`` has if its ratio is at most ``gamma``."""
+    """How many levels a ladder from ``sigma_1`` down to ``sigma_L`` has if its ratio is at most ``gamma``.
+
+    Raises:
+        ValueError: unless ``sigma_1 > sigma_L > 0`` and ``gamma > 1``, all finite.
+    """
+    if not 0 < sigma_L < sigma_1 < inf or not 1 < gamma < inf:
+        raise ValueError(f"a ladder needs sigma_1 > sigma_L > 0 and gamma > 1, got {sigma_1}, {sigma_L} and {gamma}")
     return 1 + ceil(log(sigma_1 / sigma_L) / log(gamma) - 1e-9)
 
 
 def variance(step: float | Tensor, gamma: float, T: int) -> Tensor:
     """Variance after ``T`` steps at a level, in units of its sigma**2, for data of one point; it should be 1.
 
-    ``step`` is in units of sigma**2. The level starts with what the level before should leave, gamma**2
-    (Proposition 3).
+    ``step`` is in units of sigma**2. The level starts with what the level before should leave, gamma**2.
     """
     step = torch.as_tensor(step, dtype=torch.float64)
     rest = 1 / (1 - step / 2)  # the fixed point of v -> (1 - step)**2 v + 2 step

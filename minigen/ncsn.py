@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import log
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class NCSN:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_L < self.sigma_1 or self.L < 2 or self.T < 1:
+        if not 0 < self.sigma_L < self.sigma_1 < inf or self.L < 2 or self.T < 1:
             what = f"{self.sigma_1}, {self.sigma_L}, {self.L}, {self.T}"
             raise ValueError(f"NCSN needs sigma_1 > sigma_L > 0, L >= 2 and T >= 1, got {what}")
         if self.box <= 0 or self.sigma_data <= 0:
@@ -175,11 +175,11 @@ class NCSN:
             seen = None if known is None else known + sigma * torch.randn_like(known)
             for _ in range(self.T):
                 (x,) = samplers.langevin(denoiser, x, sigma, step, 1)
-                x = x if seen is None else torch.where(mask, seen, x)
+                x = x if seen is None else torch.where(mask.bool(), seen, x)
                 yield x
         if self.denoise:
             x = denoiser(x, torch.full((len(x),), self.sigma_L, dtype=x.dtype, device=x.device))
-            yield x if known is None else torch.where(mask, known, x)
+            yield x if known is None else torch.where(mask.bool(), known, x)
 
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels for ``samplers.ddim`` and friends: ``steps`` from sigma_1 to sigma_L, geometric, then 0.

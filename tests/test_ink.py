@@ -427,3 +427,26 @@ def test_recorded_kicks_bring_every_particle_home_and_errors_grow():
     assert torch.allclose(exact, start, atol=1e-9)
     predicted = delta * sqrt(expm1(float(clock(betas)[-1])))
     assert float((spoiled - start).std()) == pytest.approx(predicted, rel=0.05)
+
+
+def test_unmix_asks_for_the_score_at_the_time_where_the_cloud_is():
+    betas, asked = torch.tensor([0.1, 0.2, 0.3]), []
+
+    def score(x, t):
+        asked.append(float(t))
+        return -x
+
+    list(unmix(score, torch.randn(4, 2), betas))
+    assert asked == pytest.approx(clock(betas)[1:].flip(0).tolist())
+
+
+def test_free_energy_and_dissipation_count_every_dimension():
+    ink, t = Ink(gaussian(2, 0.5)), 0.7
+    v = 1 + (0.25 - 1) * exp(-t)
+    with seeded(0):
+        x = sqrt(v) * torch.randn(200_000, 2)
+    for terms, exact in (
+        (ink.free_energy(x, t), 2 * (v / 2 - log(2 * pi * e * v) / 2)),
+        (ink.dissipation(x, t), (v - 1) ** 2 / v),
+    ):
+        assert abs(float(terms.mean()) - exact) < 4 * float(terms.std()) / len(x) ** 0.5

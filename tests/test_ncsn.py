@@ -577,3 +577,27 @@ def test_weights_of_the_digits_come_with_the_package():
 def test_impossible_settings_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         NCSN(**bad)
+
+
+def test_the_start_fills_the_box():
+    far = float(NCSN(box=3.0).prior((5000,)).abs().max())
+    assert 2.9 < far <= 3
+
+
+def test_the_farthest_pair_is_found_in_any_block():
+    x = torch.zeros(3000, 2)
+    x[1500], x[2500] = torch.tensor([-3.0, 0.0]), torch.tensor([3.0, 0.0])
+    assert ladder.largest_distance(x) == pytest.approx(6.0)
+
+
+def test_levels_of_whole_powers_and_bad_ladders():
+    assert ladder.levels(8, 1, 2) == 4
+    assert ladder.levels(125, 1, 5) == 4  # the quotient of the logarithms rounds to a little more than 3
+    assert ladder.levels(8.1, 1, 2) == 5
+    for wrong in ((1, 0.01, 1.0), (0.01, 1, 1.3), (float("inf"), 0.01, 2.0)):
+        with pytest.raises(ValueError, match="a ladder needs"):
+            ladder.levels(*wrong)
+    with pytest.raises(ValueError, match="a ladder needs"):
+        NCSN.improved(64, 0.02)
+    with pytest.raises(ValueError, match="NCSN needs"):
+        NCSN(sigma_1=float("inf"))
