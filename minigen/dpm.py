@@ -157,12 +157,14 @@ class DPM:
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels for ``samplers.ddim`` and friends: ``steps`` values of t from T down to 2, then 0; float64.
 
+        Equal t are taken once: there are T - 1 of them.
+
         Raises:
-            ValueError: if ``steps`` is not between 1 and T - 1.
+            ValueError: if ``steps`` is not between 1 and T.
         """
-        if not 1 <= steps < self.T:
-            raise ValueError(f"steps must be between 1 and T - 1 = {self.T - 1}, got {steps}")
-        t = torch.linspace(self.T, 2, steps, dtype=torch.float64).round().long()
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be between 1 and T = {self.T}, got {steps}")
+        t = torch.linspace(self.T, 2, steps, dtype=torch.float64).round().long().unique().flip(0)
         return torch.cat([self.sigma[t], self.sigma[:1]])
 
     def start(self, shape: Sequence[int], sigma: Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -336,3 +336,19 @@ def test_options_that_were_given_stay_when_the_rest_fits_the_data(tmp_path):
     fields = json.loads((run / "config.json").read_text())["method_fields"]
     assert fields["gamma"] == 0.4 and fields["target"] == "denoiser"
     assert main(["train", "pfgm", "--out", str(run), "--resume", "--steps", "4", "--gamma", "0.5"]) == 2
+
+
+@pytest.mark.parametrize("data", ["digits", "swiss_roll"])
+def test_the_objective_of_2015_with_the_network_of_2020(tmp_path, data):
+    run = tmp_path / "run"
+    ok("train", "dpm", "--data", data, "--T", 5, "--schedule", "geometric", "--out", run, *FEW)
+    info = json.loads((run / "config.json").read_text())
+    assert info["method_fields"] | {"T": 5, "schedule": "geometric"} == info["method_fields"]
+    assert info["net"]["out"] == (2 if data == "digits" else 4)  # mean and variance
+    ok("train", "dpm", "--out", run, "--resume", "--steps", 6, "--device", "cpu")
+    for sampler in ("paper", "ddim", "heun"):
+        ok("sample", run, "--n", 3, "--steps", 3, "--sampler", sampler, "--out", tmp_path / f"{sampler}.npy")
+        assert np.isfinite(np.load(tmp_path / f"{sampler}.npy")).all()
+    ok("evaluate", run, "--n", 20, "--steps", 3, "--bits", 2)
+    bits = json.loads((run / "evaluate.json").read_text()).get("bits_per_dim")
+    assert (bits is not None) == (data == "digits")

@@ -374,10 +374,11 @@ def test_the_step_back_read_as_a_denoiser():
     sigmas = method.sigmas(40)
     assert float(sigmas[0]) == float(method.sigma[-1])
     assert float(sigmas[-1]) == 0
+    assert len(method.sigmas(100)) == 100  # t = 100 .. 2, and 0
     *_, x = samplers.ddim(denoise, method.start((3000, 2), sigmas[0]), sigmas)
     assert sliced_wasserstein(x, law.sample(3000)) < 0.1
-    with pytest.raises(ValueError, match="between 1 and T - 1"):
-        method.sigmas(100)
+    with pytest.raises(ValueError, match="between 1 and T = 100"):
+        method.sigmas(101)
 
 
 def test_code_length_of_pixels():
