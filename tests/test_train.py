@@ -248,7 +248,7 @@ def rewrite(file, **changes):
         (lambda f: save_file({"w": torch.zeros(2)}, f, {"minigen": "{"}), "damaged or not a checkpoint"),
         (lambda f: save_file({"w": torch.zeros(2)}, f, {"minigen": '{"format": 1}'}), "lacks .*step"),
         (lambda f: rewrite(f, format=99), "format 99, this minigen reads 1"),
-        (lambda f: rewrite(f, method="gan"), "trained with gan, this minigen has ddpm"),
+        (lambda f: rewrite(f, method="gan"), "trained with gan, this minigen has dpm, ncsn, ddpm"),
         (lambda f: rewrite(f, method_fields={"T": 20, "gamma": 1}), "does not fit this version of DDPM"),
         (lambda f: rewrite(f, method_fields={"T": 0}), "does not fit this version of DDPM"),
         (lambda f: rewrite(f, net={"shape": [2], "out": 3, "mults": [], "blocks": 4}), "do not fit the network"),
