@@ -18,7 +18,10 @@ from .fields import squared_distances
 
 
 def sphere_area(d: int) -> float:
-    """The area of the unit sphere in ``d`` dimensions, ``2 pi**(d/2) / Gamma(d/2)``: 2, 2 pi, 4 pi, ..."""
+    """The area of the unit sphere in ``d`` dimensions, ``2 pi**(d/2) / Gamma(d/2)``: 2, 2 pi, 4 pi, ...
+
+    For few dimensions: from 456 on the area is below the smallest floating-point number, and this is 0.
+    """
     return 2 * exp(d / 2 * log(pi) - lgamma(d / 2))
 
 
@@ -48,7 +51,7 @@ class Charges:
         return cls(places, torch.full((len(data),), 1 / len(data), dtype=torch.float64))
 
     def field(self, x: Tensor) -> Tensor:
-        """E at ``x`` (``b d``), ``b d``: the gradient of the potential, downhill."""
+        """E at ``x`` (``b d``), ``b d``: the gradient of the potential, downhill; at a charge it is NaN."""
         d, places = x.shape[1], self.places.to(x)
         w = self.amounts.to(x) * squared_distances(x, places) ** (-d / 2) / sphere_area(d)
         return x * w.sum(1, keepdim=True) - w @ places
@@ -105,10 +108,11 @@ def field_lines(
     """Follow the field lines from ``x`` (``b d``): all states, ``s b d``, the first one ``x``.
 
     Runge and Kutta's fourth order along the direction of the field, each step ``step`` times the distance to the
-    nearest charge. A line ends on the sphere of the given radius around the origin; followed against the field
-    (``back``) it ends 0.001 from a charge.
+    nearest charge. A line ends on the sphere of the given radius around the origin, or within 0.001 of a negative
+    charge; followed against the field (``back``) it ends within 0.001 of a positive charge.
     """
     sign, states = -1.0 if back else 1.0, [x]
+    ends = charges.places[sign * charges.amounts < 0].to(x)  # the charges at which a line can arrive
 
     def along(x: Tensor) -> Tensor:
         E = sign * charges.field(x)
@@ -116,7 +120,9 @@ def field_lines(
 
     for _ in range(most):
         near = squared_distances(x, charges.places.to(x)).amin(1).sqrt()
-        done = near < 1e-3 if back else x.norm(dim=1) > radius * (1 - 1e-9)
+        done = (squared_distances(x, ends) < 1e-6).any(1) if len(ends) else torch.zeros_like(near, dtype=torch.bool)
+        if not back:
+            done = done | (x.norm(dim=1) > radius * (1 - 1e-9))
         if bool(done.all()):
             break
         h = torch.where(done, torch.zeros_like(near), step * near)[:, None]

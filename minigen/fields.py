@@ -76,7 +76,7 @@ def empirical_denoiser(data: Tensor, kernel: Kernel = CAUCHY) -> Denoiser:
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         y, level = flat.to(x), _level(sigma, x)[:, None]
         w = kernel.log_weight(squared_distances(x.flatten(1), y), level, y.shape[1]).softmax(1)  # b m
-        with _full_precision():
+        with _full_precision(x):
             return (w @ y).reshape(x.shape)
 
     return denoise
@@ -92,24 +92,25 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
     By ``|x|**2 + |y|**2 - 2 x y``, which is fast and needs memory ``b m`` instead of ``b m n``. Its error is 1e-7
     (float64: 1e-16) of ``|x|**2 + |y|**2``, so both are measured from the mean of ``y``; and matrix products in
-    TensorFloat-32, whose error is ten thousand times larger, are switched off. In float32 and up to 16 dimensions,
-    where neighbors can be very close, the differences are formed.
+    TensorFloat-32 or under autocast, whose error is ten thousand times larger, are switched off. In float32 and up to
+    16 dimensions, where neighbors can be very close, the differences are formed.
     """
     if x.shape[1] <= 16 and x.dtype != torch.float64:
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
     center = y.mean(0)
     x, y = x - center, y - center
-    with _full_precision():
+    with _full_precision(x):
         squares = x.square().sum(1, keepdim=True) + y.square().sum(1)
         return torch.addmm(squares, x, y.T, alpha=-2).clamp(min=0)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision(x: Tensor) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(x.device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

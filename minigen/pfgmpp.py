@@ -87,7 +87,12 @@ class PFGMPP:
         return denoise
 
     def loss(self, net: Net, x: Tensor) -> Tensor:
-        """Section 3.2: the squared error of the denoiser, weighted so that F has targets of variance 1; ``b``."""
+        """Section 3.2: the squared error of the denoiser, weighted as in EDM, shape ``b``.
+
+        For many added dimensions the weight makes it the error of F, with targets of variance 1. For few, the tails
+        of the kernel enlarge the targets, and for ``D <= 2`` their variance is infinite: train with ``D > 2``. For
+        ``D = 1`` ``PFGM`` has a preconditioning of its own.
+        """
         sigma = (self.P_mean + self.P_std * torch.randn(len(x), device=x.device)).exp()
         noisy = x + expand(sigma, x) * self.kernel.noise(x)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2

@@ -39,6 +39,7 @@ def elsewhere(n, d):
 
 def test_areas_of_spheres():
     assert [sphere_area(d) for d in (1, 2, 3, 4)] == pytest.approx([2, 2 * pi, 4 * pi, 2 * pi**2])
+    assert sphere_area(455) > 0 == sphere_area(456)  # as documented
 
 
 @pytest.mark.equation("eq:pfgm-coulomb", "minigen.charges.Charges.field")
@@ -178,6 +179,15 @@ def test_a_shifted_heart_is_off_by_its_dipole():
     u, area = closed_surface(torch.zeros(3, dtype=F64), torch.ones(3))
     mean = float(((direct.field(32 * u) * area).sum(1) * u[:, 0]).sum()) * 32**2
     assert mean == pytest.approx(2 / 3 * 0.5 / 32, rel=0.001)
+
+
+def test_lines_end_at_the_charges_that_attract():
+    pair = Charges(torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=F64), torch.tensor([1.0, -1.0], dtype=F64))
+    start = torch.tensor([[-0.9, 0.05], [-0.999, 0.0]], dtype=F64)
+    for back, place in ((False, 1), (True, 0)):
+        paths = field_lines(pair, start if not back else -start, 5.0, back=back)
+        assert len(paths) < 60 and bool(paths.isfinite().all())
+        assert float((paths[-1] - pair.places[place]).norm(dim=1).max()) < 1e-3
 
 
 def test_lines_lead_back_to_the_charges(lines):

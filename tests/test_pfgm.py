@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, pi, sqrt
+from math import inf, pi, prod, sqrt
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from scipy import stats
 from minigen import PFGM, PFGMPP, nets, sample, samplers, seeded
 from minigen.core import Method
 from minigen.evaluate import sliced_wasserstein
-from minigen.fields import CAUCHY, CauchyMixture, Kernel, empirical_denoiser
+from minigen.fields import CAUCHY, CauchyMixture, Kernel, empirical_denoiser, squared_distances
 from minigen.fit import for_data
 from minigen.generate import draw
 from minigen.laws import heart, two_modes
@@ -128,9 +128,9 @@ def test_loss_is_the_squared_error_of_the_field_at_the_small_batch():
 @pytest.mark.equation("eq:pfgm-denoise", "minigen.pfgm.PFGM.loss")
 def test_denoiser_loss_draws_from_the_kernel_and_is_least_at_the_mean():
     data = points(40, 2).float()
-    exact = P.oracle(empirical_denoiser(data.double(), CAUCHY))
     batch = data[torch.randint(40, (20_000,))]
     method = PFGM(target="denoiser", small_batch=20_000)
+    exact = method.oracle(empirical_denoiser(data.double(), CAUCHY))
     values = {}
     for name, net in {
         "exact": exact,
@@ -144,18 +144,39 @@ def test_denoiser_loss_draws_from_the_kernel_and_is_least_at_the_mean():
 
 
 def test_without_its_own_source_in_the_large_batch_the_target_is_wrong():
-    """The mean over charges is a ratio of sums: few charges bias it, and a missing source ruins it near the data."""
+    """A missing source ruins the target near the data."""
     data = points(500, 8)
     x, z = data[:100] + 0.01 * points(100, 8, 1), torch.full((100,), 0.01, dtype=F64)
     with_own, _ = PFGM().field_target(x, z, data)
     without, _ = PFGM().field_target(x, z, data[100:])
     assert float((without - with_own).norm(dim=1).median()) > 10 * float(with_own.norm(dim=1).median())
-    x, z = points(300, 8, 2) * 2, torch.full((300,), 0.5, dtype=F64)
-    full = empirical_denoiser(data)(x, z)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_with_its_source_in_the_batch_the_mean_is_unbiased(size):
+    """Given x, the source is one of the data with probability w_i; the other charges are independent draws."""
+    data, trials = points(500, 8), 600
     with seeded(0):
-        few = torch.stack([empirical_denoiser(data[torch.randperm(500)[:8]])(x, z) for _ in range(200)]).mean(0)
-    bias = float((few - full).norm(dim=1).mean() / (full - data.mean(0)).norm(dim=1).mean())
-    assert bias > 0.2  # the average over many small batches is not the field
+        x = data[:150] + 0.5 * CAUCHY.noise(data[:150])
+    x = x[x.norm(dim=1) < 8]
+    full = empirical_denoiser(data)(x, torch.full((len(x),), 0.5, dtype=F64))
+    log_w = CAUCHY.log_weight(squared_distances(x, data), 0.5, 8)
+    far = float((full - data.mean(0)).norm(dim=1).mean())
+    off, noise = {}, {}
+    for own in (True, False):
+        total = square = 0
+        with seeded(1):
+            for _ in range(trials):
+                batch = torch.randint(500, (len(x), size))
+                if own:
+                    batch[:, :1] = torch.multinomial(log_w.softmax(1), 1)
+                y = (log_w.gather(1, batch).softmax(1)[:, :, None] * data[batch]).sum(1)
+                total, square = total + y, square + y**2
+        mean = total / trials
+        off[own] = float((mean - full).norm(dim=1).mean()) / far
+        noise[own] = float(((square / trials - mean**2).sum(1) / trials).sqrt().mean()) / far
+    assert off[True] < 3 * noise[True] < 0.1
+    assert off[False] > max(0.2, 10 * noise[False])
 
 
 @pytest.mark.equation("eq:pfgm-ode", "minigen.pfgm.PFGM.denoiser")
@@ -166,24 +187,32 @@ def test_any_exact_network_is_read_as_the_exact_denoiser(method):
     for z in (0.02, 0.05, 0.2, 1.0, 30.0):
         x, level = points(20, 2, 3) * (1 + z), torch.full((20,), z, dtype=F64)
         got, want = denoise(x, level), exact.denoiser(x, level)
-        assert float((got - want).abs().max()) < (5e-2 if method.z_exp == 0 and z < 0.01 else 5e-3) * (1 + z)
+        assert float((got - want).abs().max()) < 5e-3 * (1 + z)
 
 
 @pytest.mark.equation("eq:pfgm-substitution", "minigen.pfgm.PFGM.substitute")
 @pytest.mark.parametrize(
-    ("n", "gamma", "height", "theirs_fails"), [(2, 0.7, 1.0, True), (64, 0.7, 1.0, True), (3072, 5.0, 5.0, False)]
+    ("shape", "gamma", "height", "median", "least"),
+    [((2,), 0.13, 0.3, 0.14, 0.2), ((1, 8, 8), None, None, 0.0155, 0.02), ((3, 32, 32), None, None, 0.0056, 0.015)],
 )
-def test_substitution_recovers_v_z_exactly(n, gamma, height, theirs_fails):
-    """Theirs, gamma s / (1 - s), needs |E| - |E_x| much below gamma: true at the settings for CIFAR-10."""
-    data, z = points(100, n) * 0.5, torch.full((100,), height, dtype=F64)
-    method = PFGM(gamma=gamma)
-    x = data + height * points(100, n, 1)
+def test_substitution_recovers_v_z_exactly(shape, gamma, height, median, least):
+    """Theirs, gamma s / (1 - s), needs |E| - |E_x| much below gamma: a few per cent at z_exp for pictures."""
+    method, n = PFGM.for_data(shape), prod(shape)
+    if gamma is not None:  # points do not use the field form by default
+        method = PFGM(gamma=gamma, z_exp=height)
+    data, z = points(300, n) * 0.5, torch.full((300,), method.z_exp, dtype=F64)
+    with seeded(0):
+        x = data + method.z_exp * CAUCHY.noise(data)
+    keep = x.norm(dim=1) < 900 * method.gamma
+    data, z, x = data[keep], z[keep], x[keep]
     v_x, v_z = method.field_target(x, z, data)
     assert torch.allclose(method.substitute(v_x, z), v_z, rtol=1e-6)
     s = v_x.norm(dim=1) / sqrt(n)
-    theirs = -sqrt(n) * z / (((gamma * s / (1 - s)) ** 2 + z**2).sqrt() + gamma)
-    worst = float((theirs / v_z - 1).abs().max())
-    assert (worst > 0.05) == theirs_fails
+    g = method.gamma
+    theirs = -sqrt(n) * z / (((g * s / (1 - s)) ** 2 + z**2).sqrt() + g)
+    error = (theirs / v_z - 1).abs()
+    assert float(error.median()) == pytest.approx(median, rel=0.3)
+    assert least < float(error.max()) < 0.3
 
 
 def test_the_papers_guard_is_singular_where_ours_is_not():
@@ -193,8 +222,11 @@ def test_the_papers_guard_is_singular_where_ours_is_not():
         net = lambda x, u, v_z=v_z: torch.tensor([[1e-3, 0.0, v_z]])
         x = PFGM(z_exp=0.0).denoiser(net)(torch.zeros(1, 2), z)
         assert float(x[0, 0]) == pytest.approx(0.5 * 1e-3 / (abs(v_z) + 1e-5), rel=1e-4)
-    theirs = -1e-5 + 1e-5
-    assert theirs == 0
+    for v_z, factor in ((-0.9e-5, 10), (-0.99e-5, 100)):  # their quotient: far too long, and of the wrong sign
+        net = lambda x, u, v_z=v_z: torch.tensor([[1e-3, 0.0, v_z]])
+        ours = float(PFGM(z_exp=0.0).denoiser(net)(torch.zeros(1, 2), z)[0, 0])
+        theirs = -0.5 * 1e-3 / (v_z + 1e-5)
+        assert ours > 0 > theirs and abs(theirs) > factor * ours
 
 
 @pytest.mark.equation("eq:pfgm-log", "minigen.samplers.rk45")
@@ -218,15 +250,25 @@ def test_log_z_saves_evaluations():
 def test_every_sampler_of_an_exact_pfgm_finds_the_law():
     exact = law()
     near = lambda x: x * (4 / x.norm(dim=1, keepdim=True)).clamp(max=1)
-    with seeded(9):
-        real, again = exact.sample(1000).float(), exact.sample(1000).float()
-    floor = sliced_wasserstein(near(again), near(real))
-    for method in (P, FIELD):
-        for name, steps in (("euler", 30), ("ddim", 30), ("heun", 30), ("rk45", 0), ("paper", 0)):
-            x, calls = draw(method, method.oracle(exact.denoiser), (1000, 2), sampler=name, steps=steps or 1)
-            assert sliced_wasserstein(near(x), near(real)) < floor + 0.07, name
-            assert calls == {"euler": 30, "ddim": 30, "heun": 59}.get(name, calls)
-            assert calls < 300
+    seeds, floor, away = range(6), 0.0, {}
+    for seed in seeds:
+        with seeded(90 + seed):
+            real, again = exact.sample(1000).float(), exact.sample(1000).float()
+        floor += sliced_wasserstein(near(again), near(real), 64) / len(seeds)
+        for label, method in (("denoiser", P), ("field", FIELD)):
+            net = method.oracle(exact.denoiser)
+            for name, steps in (("euler", 30), ("ddim", 30), ("heun", 30), ("rk45", 0), ("paper", 0), ("few", 0)):
+                sampler, n = ("euler", 5) if name == "few" else (name, steps or 1)
+                x, calls = draw(method, net, (1000, 2), sampler=sampler, steps=n, seed=seed)
+                d = sliced_wasserstein(near(x), near(real), 64)
+                away[label, name] = away.get((label, name), 0) + d / len(seeds)
+                assert calls == {"euler": 30, "ddim": 30, "heun": 59, "few": 5}.get(name, calls)
+                assert calls < 300
+    for (label, name), d in away.items():
+        if name == "few":
+            assert d > 2 * floor, label  # five steps are not enough, and the distance sees it
+        else:
+            assert d < 1.25 * floor, (label, name)
 
 
 @pytest.mark.parametrize("D", [1.0, 2.0, 128.0, inf])
@@ -282,6 +324,26 @@ def test_pfgmpp_loss_is_the_weighted_error_of_the_network_itself():
     assert torch.allclose(loss, direct, rtol=1e-3, atol=1e-4)
 
 
+def test_targets_have_variance_one_only_for_many_added_dimensions():
+    with seeded(0):
+        y = 0.5 * torch.randn(50_000, 2)
+    size = {}
+    for D in (1, 2, 4, 64):
+        with seeded(1):
+            size[D] = float(PFGMPP(D=D).loss(lambda x, u: torch.zeros_like(x), y).mean())
+    assert size[64] == pytest.approx(1, abs=0.05) and 1.3 < size[4] < 2
+    assert size[2] > 3 and size[1] > 1000  # infinite: what is drawn depends on the largest draw
+
+
+def test_the_target_is_the_same_under_autocast():
+    data, z = points(200, 64).float(), torch.full((50,), 0.3)
+    x = data[:50] + 0.3 * points(50, 64, 1).float()
+    plain, _ = PFGM().field_target(x, z, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = PFGM().field_target(x, z, data)
+    assert cast.dtype == torch.float32 and torch.allclose(cast, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_levels_are_drawn_before_the_noise():
     x = torch.zeros(6, 2)
     method, seen = PFGMPP(D=5.0), {}
@@ -293,15 +355,18 @@ def test_levels_are_drawn_before_the_noise():
 
 
 def test_learned_field_of_the_heart():
-    """A short training in the denoiser form: the learned field points where the exact one does, above z = 0.1."""
+    """A short training in the denoiser form: it removes most of the error that is left without the network.
+
+    The direction of the field says little: without any network its cosine to the exact one is 0.98 above z = 0.1.
+    """
     data = heart()
     with seeded(0):
         method = PFGM.for_data((2,))
         net = nets.build(nets.preset((2,), method.out_channels(2), 64))
         optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for k in range(300):
+        for k in range(600):
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1, (k + 1) / 50, (300 - k) / 150)
+                group["lr"] = 3e-3 * min(1, (k + 1) / 50, (600 - k) / 300)
             loss = method.loss(net, data.sample(256)).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -309,10 +374,15 @@ def test_learned_field_of_the_heart():
         charges = data.sample(4000)
         z = 0.1 * 100 ** torch.rand(1000)
         x = data.sample(1000) + z[:, None] * CAUCHY.noise(torch.empty(1000, 2))
-    with torch.no_grad():
-        learned = torch.cat([x - method.denoiser(net)(x, z), z[:, None]], 1)
-    exact = torch.cat([x - empirical_denoiser(charges)(x, z), z[:, None]], 1)
-    assert float(torch.cosine_similarity(learned, exact).mean()) > 0.9
+        untrained = nets.build(nets.preset((2,), method.out_channels(2), 64))
+    exact, kept = empirical_denoiser(charges)(x, z), method.precondition(x, z)[0]
+
+    def left(f):  # the error of the mean, in units of the error with a network that returns 0
+        with torch.no_grad():
+            return float((method.denoiser(f)(x, z) - exact).norm() / (exact - kept).norm())
+
+    assert left(net) < 0.5
+    assert left(untrained) > 0.9
 
 
 def test_likelihood_of_the_method():
