@@ -1,4 +1,4 @@
-"""The command line: ``python -m minigen train | sample | evaluate | plot``.
+"""The command line: ``python -m minigen train | sample | evaluate | export | plot``.
 
 Whatever goes wrong is said in one line on stderr, with exit code 2; the variable MINIGEN_DEBUG=1 shows the traceback.
 """
@@ -19,6 +19,7 @@ usage: python -m minigen COMMAND ... (COMMAND --help shows all options)
   train METHOD --data DATA --out RUN   train; DATA: cifar10, digits, folder:PATH, swiss_roll, heart, ...
   sample RUN --n 64 --out grid.png     draw from a trained model
   evaluate RUN --n 1000                compare samples with test data
+  export RUN NAME.safetensors          the averaged weights alone, in half precision, to share
   plot RUN                             draw the log to RUN/loss.png
 """
 EXTRA = ("accelerate", "safetensors", "torchmetrics", "tqdm", "tyro")
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
-    if command not in ("train", "sample", "evaluate", "plot"):
-        raise ValueError(f"unknown command {command!r}: use train, sample, evaluate or plot")
+    if command not in ("train", "sample", "evaluate", "export", "plot"):
+        raise ValueError(f"unknown command {command!r}: use train, sample, evaluate, export or plot")
     from . import options
 
     if command == "train":
@@ -69,13 +70,18 @@ def _dispatch(words: list[str]) -> int:
             raise ValueError(f"{what}: use python -m minigen train {'|'.join(METHODS)} --data DATA --out RUN")
         chosen = _parse(options.Train[METHODS[rest[0]]], f"train {rest[0]}", rest[1:])
     else:
-        forms = {"sample": options.Sample, "evaluate": options.Evaluate, "plot": options.Plot}
+        forms = {
+            "sample": options.Sample, "evaluate": options.Evaluate, "export": options.Export, "plot": options.Plot
+        }  # fmt: skip
         chosen = _parse(forms[command], command, rest)
     if isinstance(chosen, int):
         return chosen
     from . import commands
 
-    run = {"train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "plot": commands.plot}
+    run = {
+        "train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "export": commands.export,
+        "plot": commands.plot,
+    }  # fmt: skip
     return run[command](chosen)
 
 

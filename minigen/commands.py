@@ -151,6 +151,23 @@ def _for_images(run: checkpoint.Run, o: options.Evaluate, true: Any) -> dict[str
     return {"bits_per_dim": bits, "bits_per_dim_error": error, "bits_per_dim_n": min(o.bits, len(true))}
 
 
+def export(o: options.Export) -> int:
+    """Write the averaged weights and the description of a run to one file; returns the exit code."""
+    if o.file.suffix != ".safetensors":
+        raise ValueError(f"{o.file} should end in .safetensors")
+    if o.file.exists():
+        raise ValueError(f"{o.file} exists: choose another name, or remove it")
+    tensors, info = checkpoint.read(o.run)
+    kind = torch.float16 if o.precision == "fp16" else torch.float32
+    kept = {name: tensor.to(kind) for name, tensor in tensors.items() if name.startswith("ema.")}
+    if not all(tensor.isfinite().all() for tensor in kept.values()):
+        raise ValueError("a weight is too large for half precision, or not a number: try --precision fp32")
+    o.file.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(o.file, kept, info)
+    print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")
+    return 0
+
+
 def plot(o: options.Plot) -> int:
     """Draw the log; returns the exit code."""
     from . import log

@@ -116,6 +116,18 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a small file to share: the averaged weights and what sampling needs. Training cannot go on from it."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run, or a checkpoint file"""
+    file: tyro.conf.Positional[Path]
+    """the new file, NAME.safetensors"""
+    precision: Literal["fp16", "fp32"] = "fp16"
+    """of the weights: half takes half of the space"""
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw the log of a run to RUN/loss.png."""
 

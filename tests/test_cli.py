@@ -162,7 +162,7 @@ def test_a_time_budget(tmp_path):
 
 BAD = [
     ("", "COMMAND"),
-    ("trian ddpm", "unknown command 'trian': use train, sample, evaluate or plot"),
+    ("trian ddpm", "unknown command 'trian': use train, sample, evaluate, export or plot"),
     ("train", "which method\\?"),
     ("train ddpn --data digits --out RUN", "unknown method 'ddpn'"),
     ("train ddpm --data digits", "--out"),
@@ -352,3 +352,23 @@ def test_the_objective_of_2015_with_the_network_of_2020(tmp_path, data):
     ok("evaluate", run, "--n", 20, "--steps", 3, "--bits", 2)
     bits = json.loads((run / "evaluate.json").read_text()).get("bits_per_dim")
     assert (bits is not None) == (data == "digits")
+
+
+def test_export_keeps_what_sampling_needs(tmp_path, capsys):
+    run, small, full = tmp_path / "run", tmp_path / "new" / "a.safetensors", tmp_path / "b.safetensors"
+    ok("train", "ddpm", "--data", "two_modes", "--out", run, *FEW)
+    ok("export", run, small)
+    ok("export", run, full, "--precision", "fp32")
+    whole = (run / "checkpoint.safetensors").stat().st_size
+    assert small.stat().st_size < full.stat().st_size < whole
+    words = ["--n", 50, "--sampler", "ddim", "--steps", 3]
+    for name in (run, small, full):
+        ok("sample", name, *words, "--out", tmp_path / f"{name.stem}.npy")
+    x, half, same = (np.load(tmp_path / f"{stem}.npy") for stem in ("run", "a", "b"))
+    assert (x == same).all()
+    assert np.abs(x - half).max() < 0.05
+    capsys.readouterr()
+    for file, message in ((small, "exists"), (tmp_path / "c.pt", "should end in .safetensors")):
+        assert main(["export", str(run), str(file)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c.pt").exists()
