@@ -1,5 +1,7 @@
 """The Gaussian diffusion of 2015 as a chain: schedules, closed forms, the step back, the divergence of one step.
 
+DDPM keeps this forward process, with its own schedule: both methods take the closed forms from here.
+
 Source: Sohl-Dickstein, Weiss, Maheswaranathan, Ganguli 2015 (arXiv 1503.03585), sections 2.1 to 2.4 and appendix D.
 """
 
@@ -56,6 +58,11 @@ class Chain:
         later = self.beta[1:] * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
         return torch.cat([self.beta[:1], later])
 
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Noise level sqrt((1 - alpha_bar) / alpha_bar) of x_t / sqrt(alpha_bar), shape ``T + 1``, increasing."""
+        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+
     def perturb(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t from x_0 in one leap: ``x0``, ``noise``: ``b *d``, ``t``: ``b``."""
         return at(self.alpha_bar.sqrt(), t, x0) * x0 + at((1 - self.alpha_bar).sqrt(), t, x0) * noise
@@ -72,6 +79,12 @@ class Chain:
         on_x0 = prev.sqrt() * self.beta[1:] / rest
         on_xt = (1 - self.beta[1:]).sqrt() * (1 - prev) / rest
         return torch.cat([self.beta[:1], on_x0]), torch.cat([self.beta[:1], on_xt])
+
+    def prior_kl(self, x0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, I)) in nats for ``x0`` (``b *d``), shape ``b``."""
+        a, x = self.alpha_bar[-1].to(x0.device), x0.double()
+        kl = gaussian_kl(a.sqrt() * x, 1 - a, torch.zeros_like(x), torch.ones_like(a))
+        return kl.flatten(1).sum(1).to(x0.dtype)
 
     def back(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (``b *d`` each) of p(x_{t-1} | x_t), the forward kernel perturbed by the network.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .bound import Bound, decoder_nll, gaussian_kl
+from .chain import Chain
 from .core import Denoiser, Net, at, expand
 
 
@@ -70,15 +71,19 @@ class DDPM:
         return 1 - self.beta
 
     @cached_property
+    def chain(self) -> Chain:
+        """The forward process with these rates, that of 2015, and its closed forms."""
+        return Chain(self.beta)
+
+    @property
     def alpha_bar(self) -> Tensor:
         """The product of alpha_1 .. alpha_t, shape ``T + 1``."""
-        return self.alpha.cumprod(0)
+        return self.chain.alpha_bar
 
-    @cached_property
+    @property
     def beta_tilde(self) -> Tensor:
         """The posterior variance of eq. 7, shape ``T + 1``; entry 1 is 0."""
-        prev = torch.cat([self.alpha_bar[:1], self.alpha_bar[:-1]])
-        return torch.cat([self.beta[:1], (self.beta * (1 - prev) / (1 - self.alpha_bar))[1:]])
+        return self.chain.beta_tilde
 
     @cached_property
     def sigma2(self) -> Tensor:
@@ -87,24 +92,20 @@ class DDPM:
         s[1] = self.beta_tilde[2]
         return s
 
-    @cached_property
+    @property
     def sigma(self) -> Tensor:
         """Noise level sqrt((1 - alpha_bar) / alpha_bar) of x_t / sqrt(alpha_bar), shape ``T + 1``, increasing."""
-        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+        return self.chain.sigma
 
     # Forward
 
     def perturb(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t by the closed form, eq. 4: ``x0``, ``eps``: ``b *d``, ``t``: ``b``."""
-        return at(self.alpha_bar.sqrt(), t, x0) * x0 + at((1 - self.alpha_bar).sqrt(), t, x0) * eps
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, eq. 4: ``x0``, ``eps``: ``b *d``, ``t``: ``b``."""
+        return self.chain.perturb(x0, t, eps)
 
     def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (``b *d``) and variance (``b``, shaped to broadcast) of q(x_{t-1} | x_t, x_0), eqs. 6 and 7."""
-        prev = self.alpha_bar[:-1]
-        pad = self.beta.new_zeros(1)
-        on_x0 = torch.cat([pad, prev.sqrt() * self.beta[1:] / (1 - self.alpha_bar[1:])])
-        on_xt = torch.cat([pad, self.alpha[1:].sqrt() * (1 - prev) / (1 - self.alpha_bar[1:])])
-        return at(on_x0, t, x_t) * x0 + at(on_xt, t, x_t) * x_t, at(self.beta_tilde, t, x_t)
+        return self.chain.posterior(x_t, x0, t)
 
     # Network
 
@@ -217,9 +218,7 @@ class DDPM:
 
     def prior_kl(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)) in nats, shape ``b``."""
-        a, x = self.alpha_bar[-1].to(x0.device), x0.double()
-        kl = gaussian_kl(a.sqrt() * x, 1 - a, torch.zeros_like(x), torch.ones_like(a))
-        return kl.flatten(1).sum(1).to(x0.dtype)
+        return self.chain.prior_kl(x0)
 
     @torch.no_grad()
     def bound(self, net: Net, x0: Tensor, bins: int = 256) -> Bound:

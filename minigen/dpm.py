@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .bound import Bound, decoder_nll, gaussian_kl
+from .bound import Bound, decoder_nll
 from .chain import Chain, fraction, geometric
 from .core import Denoiser, Net, at, expand
 from .multiply import Multiply
@@ -70,7 +70,7 @@ class DPM:
     @property
     def sigma(self) -> Tensor:
         """Noise level of x_t / sqrt(alpha_bar), shape ``T + 1``, increasing."""
-        return ((1 - self.chain.alpha_bar) / self.chain.alpha_bar).sqrt()
+        return self.chain.sigma
 
     # Network
 
@@ -201,9 +201,7 @@ class DPM:
 
     def prior_kl(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, I)) in nats, ``b``."""
-        a, x = self.chain.alpha_bar[-1].to(x0.device), x0.double()
-        kl = gaussian_kl(a.sqrt() * x, 1 - a, torch.zeros_like(x), torch.ones_like(a))
-        return kl.flatten(1).sum(1).to(x0.dtype)
+        return self.chain.prior_kl(x0)
 
     def null(self, x0: Tensor) -> Tensor:
         """Log pi(x_0), the log-likelihood of an isotropic Gaussian, L_null of the paper's Table 1; nats, ``b``."""
@@ -211,7 +209,10 @@ class DPM:
 
     @torch.no_grad()
     def bound(self, net: Net, x0: Tensor, bins: int = 256) -> Bound:
-        """The bound as a code length for pixels of ``bins`` values, as DDPM counts it; ``x0``: ``b *d`` in [-1, 1]."""
+        """The bound as a code length for pixels of ``bins`` values, as DDPM counts it; ``x0``: ``b *d`` in [-1, 1].
+
+        The step back is no guess of x_0 at t = 1, so ``Bound.mse`` and ``distortion`` are not measured: they are NaN.
+        """
         x_1 = self.chain.perturb(x0, torch.ones(len(x0), dtype=torch.long, device=x0.device), torch.randn_like(x0))
         mean, var = self.step_back(net, x_1, 1)
         first = decoder_nll(x0, mean, var.sqrt(), bins).flatten(1).sum(1)

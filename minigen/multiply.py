@@ -1,8 +1,8 @@
 """Multiply a step back by a second distribution (Sohl-Dickstein et al. 2015, section 2.5 and appendix C).
 
 Each function returns a rule ``(mean, var, t) -> (mean, var)`` for the step from x_t to x_{t-1}, which ``DPM.reverse``
-applies to every step. Samples follow p(x_0) r(x_0) exactly only if the
-r of step t is the mean of r(x_0) given x_t; with one r for all steps they do not, as the chapter measures.
+applies to every step. Samples follow p(x_0) r(x_0) exactly only if the r of step t is the mean of r(x_0) given x_t;
+with one r for all steps they do not, as the chapter measures.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def by_gaussian(
     """
 
     def rule(mean: Tensor, var: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        precision = scale**2 / spread(t - 1)
-        total = 1 / (1 / var + precision)
-        return total * (mean / var + scale / spread(t - 1) * center(t - 1)), total
+        v = spread(t - 1)
+        total = 1 / (1 / var + scale**2 / v)
+        return total * (mean / var + scale / v * center(t - 1)), total
 
     return rule
 

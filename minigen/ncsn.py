@@ -165,7 +165,7 @@ class NCSN:
         The noise is drawn once per level. ``x``, ``known``: ``b *d``; ``mask``: bool, broadcasts to ``x``. After a
         final denoising the known part is ``known`` itself.
         """
-        yield from self._anneal(self.denoiser(net), x, known, mask)
+        yield from self._anneal(self.denoiser(net), x, known, mask.bool())
 
     def _anneal(
         self, denoiser: Denoiser, x: Tensor, known: Tensor | None = None, mask: Tensor | None = None
@@ -175,11 +175,11 @@ class NCSN:
             seen = None if known is None else known + sigma * torch.randn_like(known)
             for _ in range(self.T):
                 (x,) = samplers.langevin(denoiser, x, sigma, step, 1)
-                x = x if seen is None else torch.where(mask.bool(), seen, x)
+                x = x if seen is None else torch.where(mask, seen, x)
                 yield x
         if self.denoise:
             x = denoiser(x, torch.full((len(x),), self.sigma_L, dtype=x.dtype, device=x.device))
-            yield x if known is None else torch.where(mask.bool(), known, x)
+            yield x if known is None else torch.where(mask, known, x)
 
     def sigmas(self, steps: int) -> Tensor:
         """Noise levels for ``samplers.ddim`` and friends: ``steps`` from sigma_1 to sigma_L, geometric, then 0.

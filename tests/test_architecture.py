@@ -12,9 +12,9 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 LAYER = {
     "core": 0,
     "bound": 1, "samplers": 1, "ladder": 1, "laws": 1, "images": 1, "multiply": 1, "fields": 1,
-    "chain": 2, "binary": 2, "ddpm": 2, "ncsn": 2, "pfgm": 2, "pfgmpp": 2, "charges": 2, "ink": 2,
+    "chain": 2, "binary": 2, "ncsn": 2, "pfgm": 2, "pfgmpp": 2, "charges": 2, "ink": 2,
     "nets": 2, "data": 2, "readout": 2,
-    "dpm": 3, "recipe": 3, "processes": 3, "log": 3, "evaluate": 3, "viz": 3,
+    "dpm": 3, "ddpm": 3, "recipe": 3, "processes": 3, "log": 3, "evaluate": 3, "viz": 3,
     "methods": 4, "checkpoint": 4, "generate": 4, "options": 4,
     "train": 5, "fit": 6, "commands": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip

@@ -24,6 +24,20 @@ def scratch(chapter: str) -> tuple[dict, str]:
     return space, source
 
 
+def assert_same(space: dict, net, method, as_package, x, rtol: float, atol: float) -> None:
+    """One loss and one set of samples, from one seed each: the chapter's own and the package's."""
+    with seeded(1):
+        ours = space["loss"](net, x)
+    with seeded(1):
+        theirs = method.loss(as_package, x).mean()
+    assert torch.allclose(ours, theirs, rtol=rtol)
+    with seeded(2):
+        ours = space["generate"](net, len(x))
+    with seeded(2):
+        theirs = sample(method, as_package, x.shape)
+    assert torch.allclose(ours, theirs, atol=atol)
+
+
 @pytest.mark.parametrize("chapter", sorted(p.stem for p in CHAPTERS.glob("*.md")))
 def test_scratch_is_short(chapter):
     _, source = scratch(chapter)
@@ -40,16 +54,7 @@ def test_ddpm_from_scratch_equals_the_package():
     def as_package(x, u):
         return net(x, u * 1000)
 
-    with seeded(1):
-        ours = space["loss"](net, x_0)
-    with seeded(1):
-        theirs = DDPM().loss(as_package, x_0).mean()
-    assert torch.allclose(ours, theirs, rtol=1e-5)
-    with seeded(2):
-        ours = space["generate"](net, 64)
-    with seeded(2):
-        theirs = sample(DDPM(), as_package, (64, 2))
-    assert torch.allclose(ours, theirs, atol=2e-3)
+    assert_same(space, net, DDPM(), as_package, x_0, rtol=1e-5, atol=2e-3)
 
 
 def test_ink_from_scratch_equals_the_package():
@@ -82,16 +87,7 @@ def test_ncsn_from_scratch_equals_the_package():
         sigma = space["sigmas"][i, None]
         return sigma * net(y * (sigma**2 + 26).sqrt(), i)
 
-    with seeded(1):
-        ours = space["loss"](net, x)
-    with seeded(1):
-        theirs = method.loss(as_package, x).mean()
-    assert torch.allclose(ours, theirs, rtol=1e-4)
-    with seeded(2):
-        ours = space["generate"](net, 64)
-    with seeded(2):
-        theirs = sample(method, as_package, (64, 2))
-    assert torch.allclose(ours, theirs, atol=5e-3)
+    assert_same(space, net, method, as_package, x, rtol=1e-4, atol=5e-3)
 
 
 def test_dpm_from_scratch_equals_the_package():
@@ -105,16 +101,7 @@ def test_dpm_from_scratch_equals_the_package():
     def as_package(y, u):
         return torch.cat(net(y, (u * 40).round().long()), dim=1)
 
-    with seeded(1):
-        ours = space["loss"](net, x)
-    with seeded(1):
-        theirs = method.loss(as_package, x).mean()
-    assert torch.allclose(ours, theirs, rtol=1e-3)
-    with seeded(2):
-        ours = space["generate"](net, 64)
-    with seeded(2):
-        theirs = sample(method, as_package, (64, 2))
-    assert torch.allclose(ours, theirs, atol=1e-3)
+    assert_same(space, net, method, as_package, x, rtol=1e-3, atol=1e-3)
 
 
 def test_pfgm_from_scratch_equals_the_package():
