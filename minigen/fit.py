@@ -135,7 +135,7 @@ class Report:
             return
         self._bar.update(min(self._position(), self._bar.total) - self._bar.n)
         if record:
-            images = (t.step - self._mark[0]) * t.config.batch * t.processes.world
+            images = (t.step - self._mark[0]) * t.points
             speed = images / max(t.seconds - self._mark[1], 1e-9)
             self._log.add(record, speed, t.seconds)
             self._bar.set_postfix_str(f"loss {record.loss:.4f}, {speed:.4g} images/s", refresh=False)
