@@ -251,6 +251,15 @@ def test_help(capsys):
     assert "--sampler" in capsys.readouterr().out
 
 
+def test_the_fast_recipe_learns_poisson_flow_at_as_many_points_as_others_see_images(tmp_path, capsys):
+    run, words = tmp_path / "run", ["--data", "digits", "--recipe", "fast", "--width", 8, "--device", "cpu"]
+    ok("train", "pfgm", *words, "--steps", 2, "--large-batch", 200, "--out", run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["batch"] == 200 and config["train"]["steps"] == 2
+    assert main(["train", "pfgm", "--out", str(run), "--resume", "--recipe", "fast"]) == 2
+    assert "--recipe is for a new run" in capsys.readouterr().err
+
+
 # Interruptions
 
 LONG = ["train", "ddpm", "--data", "eight_gaussians", "--steps", "2000", "--log-every", "10", *SMALL]
