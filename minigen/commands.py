@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 def train(o: options.Train[Method]) -> int:
     """Start a run or continue it; returns the exit code."""
-    for name in ("sample_every", "save_every", "save_minutes"):
+    for name in ("sample_every", "save_every", "save_minutes", "snapshots"):
         if getattr(o, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(o, name)}")
     trainer = _continued(o) if o.resume else _new(o)
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change: let it find the fastest kernels once
         torch.set_float32_matmul_precision("high")
-    return fit(trainer, o.out, o.sample_every, o.save_every, o.save_minutes)
+    return fit(trainer, o.out, o.sample_every, o.save_every, o.save_minutes, o.snapshots)
 
 
 def _new(o: options.Train[Method]) -> Trainer:
@@ -164,12 +164,7 @@ def export(o: options.Export) -> int:
     if o.file.exists():
         raise ValueError(f"{o.file} exists: choose another name, or remove it")
     tensors, info = checkpoint.read(o.run)
-    kind = torch.float16 if o.precision == "fp16" else torch.float32
-    kept = {name: tensor.to(kind) for name, tensor in tensors.items() if name.startswith("ema.")}
-    if not all(tensor.isfinite().all() for tensor in kept.values()):
-        raise ValueError("a weight is too large for half precision, or not a number: try --precision fp32")
-    o.file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(o.file, kept, info)
+    checkpoint.export(o.file, tensors, info, torch.float16 if o.precision == "fp16" else torch.float32)
     print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")
     return 0
 

@@ -69,6 +69,8 @@ class Train(Generic[M]):
     """steps between two checkpoints (0: by time only)"""
     save_minutes: float = 5.0
     """minutes between two checkpoints"""
+    snapshots: int = 0
+    """points of the run, evenly spread, at which the averaged weights are kept in RUN/snapshots"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
     resume: bool = False

@@ -187,6 +187,12 @@ class Trainer:
             checkpoint.write(path, tensors, self.describe())
         self.processes.wait()
 
+    def export(self, path: Path) -> None:
+        """Write the averaged weights alone, in half precision; only the first of several processes does."""
+        tensors = {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+        if self.processes.rank == 0:
+            checkpoint.export(path, tensors, self.describe(), torch.float16)
+
     def describe(self) -> dict[str, Any]:
         """The run in plain values: method, network, configuration, data, progress."""
         return {
