@@ -169,15 +169,18 @@ class Stage(nn.Module):
         super().__init__()
         self.first = nn.Sequential(norm(a), nn.SiLU(), nn.Conv2d(a, c, 3, padding=1))
         self.clock = nn.Sequential(nn.SiLU(), nn.Linear(emb, c))
-        self.second = nn.Sequential(norm(c), nn.SiLU(), nn.Dropout(dropout))
+        self.second = nn.Sequential(norm(c), nn.SiLU(), Dropout(dropout))
         self.last = nn.Conv2d(c, c, 3, padding=1)
         self.skip = nn.Conv2d(a, c, 1) if a != c else nn.Identity()
         self.attention = Attention(c) if attend else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """``x``: ``b a h w``, ``emb``: ``b e``."""
-        h = self.first(x) + self.clock(emb)[:, :, None, None]
-        return self.attention(self.skip(x) + self.last(self.second(h)))
+        h = self.first(x)
+        h += self.clock(emb)[:, :, None, None]  # in place: the backward of a convolution does not need its output
+        h = self.last(self.second(h))
+        h += self.skip(x)
+        return self.attention(h)
 
 
 class Attention(nn.Module):
@@ -193,8 +196,13 @@ class Attention(nn.Module):
         """``x``: ``b c h w``."""
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous() for f in self.qkv)  # b hw c
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.project(out.transpose(1, 2).reshape(x.shape))
+        if q.is_cpu and q.requires_grad:  # two to three times faster backward than the fused kernel of the CPU
+            out = (q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).softmax(2) @ v
+        else:
+            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        h = self.project(out.transpose(1, 2).reshape(x.shape))
+        h += x
+        return h
 
 
 class Downsample(nn.Module):
@@ -223,7 +231,28 @@ class Upsample(nn.Module):
 
 def norm(c: int) -> nn.GroupNorm:
     """Group normalization with 32 groups, or as many as divide ``c``."""
-    return nn.GroupNorm(gcd(32, c), c, eps=1e-6)
+    return GroupNorm(gcd(32, c), c, eps=1e-6)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, around a slow case: its backward for bfloat16 in channels_last on the CPU (up to half of a step)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``b c h w``."""
+        return super().forward(x.contiguous() if x.is_cpu and x.dtype == torch.bfloat16 else x)
+
+
+class Dropout(nn.Dropout):
+    """PyTorch's; on the CPU eight masks from one 64-bit random number, six times faster, ``p`` rounded to 1/256."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: any shape, dense in memory."""
+        cut = round(256 * self.p)
+        if not (self.training and x.is_cpu and 0 < cut < 256):
+            return super().forward(x)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[: x.numel()].to(x.dtype).ge_(cut).mul_(256 / (256 - cut))
+        return x * keep.as_strided(x.shape, x.stride())
 
 
 def _xavier(module: nn.Module) -> None:
