@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import gcd, log, prod
+from math import log, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .layers import Dropout, norm
 
 TIME_SCALE = 1000.0
 """The clock u in [0, 1] is multiplied by this before the embedding, so that DDPM's embedding sees its t."""
@@ -227,32 +229,6 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
         """``x``: ``b c h w``; returns ``b c 2h 2w``."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def norm(c: int) -> nn.GroupNorm:
-    """Group normalization with 32 groups, or as many as divide ``c``."""
-    return GroupNorm(gcd(32, c), c, eps=1e-6)
-
-
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's, around a slow case: its backward for bfloat16 in channels_last on the CPU (up to half of a step)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``b c h w``."""
-        return super().forward(x.contiguous() if x.is_cpu and x.dtype == torch.bfloat16 else x)
-
-
-class Dropout(nn.Dropout):
-    """PyTorch's; on the CPU eight masks from one 64-bit random number, six times faster, ``p`` rounded to 1/256."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: any shape, dense in memory."""
-        cut = round(256 * self.p)
-        if not (self.training and x.is_cpu and 0 < cut < 256):
-            return super().forward(x)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].to(x.dtype).ge_(cut).mul_(256 / (256 - cut))
-        return x * keep.as_strided(x.shape, x.stride())
 
 
 def _xavier(module: nn.Module) -> None:
