@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 LAYER = {
     "core": 0,
     "bound": 1, "samplers": 1, "ladder": 1, "laws": 1, "images": 1, "multiply": 1, "fields": 1,
+    "layers": 1,
     "chain": 2, "binary": 2, "ncsn": 2, "pfgm": 2, "pfgmpp": 2, "charges": 2, "ink": 2,
     "nets": 2, "data": 2, "readout": 2,
     "dpm": 3, "ddpm": 3, "recipe": 3, "processes": 3, "log": 3, "evaluate": 3, "viz": 3,

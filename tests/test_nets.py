@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minigen.nets import NetConfig, build, clock_embedding, preset
+from minigen.layers import Dropout, norm
+from minigen.nets import Attention, NetConfig, build, clock_embedding, preset
 
 
 def count(net) -> int:
@@ -52,3 +53,46 @@ def test_clock_embedding_is_the_papers():
 def test_bad_shapes_say_what_to_do(shape, width, word):
     with pytest.raises(ValueError, match=word):
         preset(shape, 3, width)
+
+
+def test_dropout_on_the_cpu_keeps_the_mean_and_follows_the_seed():
+    net, x = Dropout(0.1).train(), torch.ones(20, 7, 30, 30).contiguous(memory_format=torch.channels_last)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        draws.append(net(x))
+    n, p = x.numel(), 26 / 256  # 0.1 rounded to 1/256
+    dropped = float((draws[0] == 0).double().mean())
+    assert abs(dropped - p) < 4 * (p * (1 - p) / n) ** 0.5
+    assert draws[0].unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+    assert torch.equal(*draws) and not torch.equal(net(x), draws[0])
+    assert torch.equal(net.eval()(x), x)
+    assert torch.equal(Dropout(0.0).train()(x), x)
+
+
+@pytest.mark.parametrize("channels", [32, 96, 512])  # 1, 3, 16 in a group: the last takes the usual way
+def test_group_norm_in_bfloat16_is_group_norm(channels):
+    torch.manual_seed(0)
+    layer = norm(channels)
+    layer.weight.data.uniform_(0.5, 1.5)
+    layer.bias.data.normal_()
+    x = torch.randn(3, channels, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    v = torch.randn(3, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    exact = torch.nn.functional.group_norm(x.float(), 32, layer.weight, layer.bias, 1e-6)
+    ours = layer(x)
+    assert ours.dtype == torch.bfloat16 and ours.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(ours.float(), exact, rtol=2**-7, atol=2**-7)
+    variables = [x, layer.weight, layer.bias]
+    for a, b in zip(
+        torch.autograd.grad(ours, variables, v.bfloat16()), torch.autograd.grad(exact, variables, v), strict=True
+    ):
+        assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()
+
+
+def test_attention_is_the_same_with_and_without_gradients():
+    torch.manual_seed(0)
+    layer = Attention(32)
+    x = torch.randn(2, 32, 8, 8)
+    with torch.no_grad():
+        fused = layer(x)
+    assert torch.allclose(layer(x), fused, atol=1e-5)
