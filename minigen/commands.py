@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, evaluate, generate, laws, nets
+from . import checkpoint, classifier, evaluate, generate, laws, nets
 from .core import Method, seeded
 from .data import load, to_float, to_uint8
 from .fit import fit, for_data
@@ -86,6 +86,35 @@ def _given(o: options.Train[Method]) -> dict[str, Any]:
     """The fields of the configuration that the command line sets."""
     values = {f.name: getattr(o, f.name) for f in fields(TrainConfig)}
     return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def train_classifier(o: options.Classifier) -> int:
+    """Train a classifier of images and write it to one file; returns the exit code."""
+    device = pick_device(o.device)
+    if o.out.suffix != ".safetensors":
+        raise ValueError(f"{o.out} should end in .safetensors")
+    if o.out.exists():
+        raise ValueError(f"{o.out} exists: choose another name, or remove it")
+    data, test = load(o.data, offline=o.offline), load(o.data, "test", offline=o.offline)
+    config, recipe = classifier.preset(data)
+    given = {"epochs": o.epochs, "batch": o.batch, "lr": o.lr, "seed": o.seed, "precision": o.precision}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    if test.shape != data.shape or test.labels is None or int(test.labels.max()) >= config.classes:
+        raise ValueError(f"the test images of {o.data} must have the size and the classes of the training images")
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    for epoch, (net, seen) in enumerate(classifier.fit(data, config, recipe, device), 1):  # noqa: B007, after it
+        loss, right, seconds = seen["loss"], seen["accuracy"], seen["seconds"]
+        print(
+            f"epoch {epoch}/{recipe.epochs}  loss {loss:.4f}  training accuracy {right:.2%}  {seconds:.0f} s",
+            flush=True,
+        )
+    name = "folder:" + Path(o.data).name if o.data.startswith("folder:") else o.data
+    about = {"data": name, "recipe": asdict(recipe), "seconds": round(seen["seconds"], 1)}
+    net = net.half().float()  # the accuracy of what the file will hold
+    about["accuracy"], about["n_test"] = classifier.accuracy(net, test), len(test)
+    classifier.save(net, o.out, about)
+    print(f"{o.out}: test accuracy {about['accuracy']:.2%} of {len(test)}, {o.out.stat().st_size / 1e6:.2f} MB")
+    return 0
 
 
 def sample(o: options.Sample) -> int:

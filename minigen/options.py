@@ -72,6 +72,30 @@ class Train(Generic[M]):
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """Train a small classifier, whose features measure the distance between sets of images."""
+
+    data: str
+    """labeled images: cifar10, digits, or folder:PATH with PATH/train/CLASS and PATH/test/CLASS"""
+    out: Path
+    """the new file, NAME.safetensors"""
+    epochs: Int = None
+    """passes over the data"""
+    batch: Int = None
+    """images per step"""
+    lr: Float = None
+    """largest learning rate"""
+    seed: int = 0
+    """same seed, same weights"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision"""
+    device: Device = "auto"
+    """auto takes a CUDA device if there is one"""
+    offline: bool = False
+    """download nothing"""
+
+
+@dataclass(frozen=True)
 class Sample:
     """Draw from a trained model: a grid of images or a scatter plot, or raw numbers into a .npy file."""
 
