@@ -79,10 +79,10 @@ def _dispatch(words: list[str]) -> int:
         chosen = _parse(forms[command], command, rest)
     if isinstance(chosen, int):
         return chosen
-    from . import commands
+    from . import commands, measure
 
     run = {
-        "train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "export": commands.export,
+        "train": commands.train, "sample": commands.sample, "evaluate": measure.measure, "export": commands.export,
         "plot": commands.plot,
     }  # fmt: skip
     if isinstance(chosen, options.Classifier):
