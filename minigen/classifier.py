@@ -62,7 +62,7 @@ class ClassifierRecipe:
         precision: ``bf16`` trains the network in mixed precision.
     """
 
-    epochs: int = 20
+    epochs: int = 16
     batch: int = 128
     lr: float = 0.1
     seed: int = 0
