@@ -53,6 +53,16 @@ class Chain:
         return (1 - self.beta).cumprod(0)
 
     @cached_property
+    def signal(self) -> Tensor:
+        """The factor sqrt(alpha_bar_t) of x_0 in x_t, shape ``T + 1``."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """The factor sqrt(1 - alpha_bar_t) of the noise in x_t, shape ``T + 1``."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
     def beta_tilde(self) -> Tensor:
         """The variance of q(x_{t-1} | x_t, x_0), shape ``T + 1``; entry 1 is 0."""
         later = self.beta[1:] * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
@@ -65,7 +75,7 @@ class Chain:
 
     def perturb(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t from x_0 in one leap: ``x0``, ``noise``: ``b *d``, ``t``: ``b``."""
-        return at(self.alpha_bar.sqrt(), t, x0) * x0 + at((1 - self.alpha_bar).sqrt(), t, x0) * noise
+        return at(self.signal, t, x0) * x0 + at(self.noise, t, x0) * noise
 
     def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (``b *d``) and variance (to broadcast) of q(x_{t-1} | x_t, x_0): the product of two Gaussians."""

@@ -91,6 +91,19 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) ->
     part.replace(path)
 
 
+def export(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any], kind: torch.dtype) -> None:
+    """Write the averaged weights among ``tensors``, as numbers of the given ``kind``: enough to sample from.
+
+    Raises:
+        ValueError: if one of them does not fit.
+    """
+    kept = {name: tensor.to(kind) for name, tensor in tensors.items() if name.startswith("ema.")}
+    if not all(tensor.isfinite().all() for tensor in kept.values()):
+        raise ValueError("a weight is too large for half precision, or not a number: try --precision fp32")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(path, kept, info)
+
+
 def read(path: str | Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU, if wanted) and the rest of a checkpoint file, or of the one in a run's folder.
 

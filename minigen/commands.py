@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checkpoint, evaluate, generate, laws, nets
-from .core import Method, seeded
+from .core import Crowd, Method, seeded
 from .data import load, to_float, to_uint8
 from .fit import fit, for_data
 from .methods import METHODS
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
 def train(o: options.Train[Method]) -> int:
     """Start a run or continue it; returns the exit code."""
-    pick_device(o.device)
-    for name in ("sample_every", "save_every", "save_minutes"):
+    for name in ("sample_every", "save_every", "save_minutes", "snapshots"):
         if getattr(o, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(o, name)}")
     trainer = _continued(o) if o.resume else _new(o)
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change: let it find the fastest kernels once
         torch.set_float32_matmul_precision("high")
-    return fit(trainer, o.out, o.sample_every, o.save_every, o.save_minutes)
+    return fit(trainer, o.out, o.sample_every, o.save_every, o.save_minutes, o.snapshots)
 
 
 def _new(o: options.Train[Method]) -> Trainer:
@@ -41,14 +40,18 @@ def _new(o: options.Train[Method]) -> Trainer:
         raise ValueError(f"{o.out} already holds a run: add --resume to continue it, or choose another --out")
     if o.data is None:
         raise ValueError(f"--data is missing: cifar10, digits, folder:PATH, {', '.join(laws.LAWS)}")
-    given = _given(o)
+    given, device = _given(o), pick_device(o.device).type
     replace(TrainConfig(), **given)  # what is wrong shows before the data are read
     if o.minutes and o.steps is None:
         given["steps"] = None
     data = load(o.data, offline=o.offline)
     method = for_data(o.method, data.shape)
-    batch = {"batch": method.large_batch} if hasattr(method, "large_batch") else {}  # some losses compare with a crowd
-    config = replace(preset(data), **(batch | given))
+    config = preset(data, type(method).__name__.lower(), o.recipe or "paper", device, None if o.minutes else o.steps)
+    if isinstance(method, Crowd):  # the loss at a few points compares them with a crowd
+        if o.recipe == "fast" and method.small_batch == for_data(type(method)(), data.shape).small_batch:
+            method = replace(method, small_batch=config.batch)
+        config = replace(config, batch=method.large_batch)
+    config = replace(config, **given)
     net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), o.width, o.dropout)
     with seeded(config.seed):
         net = nets.build(net_config)
@@ -58,19 +61,22 @@ def _new(o: options.Train[Method]) -> Trainer:
 def _continued(o: options.Train[Method]) -> Trainer:
     if not (o.out / checkpoint.NAME).exists():
         raise ValueError(f"{o.out} holds no run to continue: leave out --resume to start one")
+    if o.recipe:
+        raise ValueError("--recipe is for a new run: leave it out, a continued one keeps its settings")
     _, info = checkpoint.read(o.out, with_tensors=False)
     method = checkpoint.construct_method(info, METHODS, o.out)
     net_config = checkpoint.construct(nets.NetConfig, info["net"], o.out)
     config = checkpoint.construct(TrainConfig, info["train"], o.out)
     before = asdict(config) | {"width": net_config.width, "dropout": net_config.dropout}
     for name, value in (_given(o) | {"width": o.width, "dropout": o.dropout}).items():
-        if name not in ("steps", "minutes") and value not in (None, before[name]):
+        if name not in ("steps", "minutes", "accumulate") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
     if method not in (o.method, for_data(o.method, net_config.shape)) and o.method != type(method)():
         raise ValueError(f"{o.method} is not the {method} of {o.out}: leave the options out, or use another --out")
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)
+    config = replace(config, accumulate=o.accumulate or config.accumulate)
     data = load(o.data or info["data"]["spec"], offline=o.offline)
     spec = info["data"]["spec"]
     if data.name != spec and not (data.name.startswith("folder:") and spec.startswith("folder:")):  # it may have moved
@@ -158,12 +164,7 @@ def export(o: options.Export) -> int:
     if o.file.exists():
         raise ValueError(f"{o.file} exists: choose another name, or remove it")
     tensors, info = checkpoint.read(o.run)
-    kind = torch.float16 if o.precision == "fp16" else torch.float32
-    kept = {name: tensor.to(kind) for name, tensor in tensors.items() if name.startswith("ema.")}
-    if not all(tensor.isfinite().all() for tensor in kept.values()):
-        raise ValueError("a weight is too large for half precision, or not a number: try --precision fp32")
-    o.file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(o.file, kept, info)
+    checkpoint.export(o.file, tensors, info, torch.float16 if o.precision == "fp16" else torch.float32)
     print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")
     return 0
 

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Net = Callable[[Tensor, Tensor], Tensor]
 """``net(x: b *d, u: b) -> b *o``: a network, or an exact answer in its place."""
@@ -47,6 +48,18 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Crowd(Protocol):
+    """A method whose loss at a few points compares them with the whole batch, so that a part of it is not enough."""
+
+    small_batch: int
+    large_batch: int
+
+    def share(self, x: Tensor, i: int, parts: int) -> tuple[Method, Tensor]:
+        """The ``i``-th of ``parts`` equal shares of the loss on ``x``: a method and a batch."""
+        ...
+
+
 @dataclass(frozen=True)
 class Record:
     """What the trainer reports: step, mean loss since the last report, gradient norm, learning rate."""
@@ -64,7 +77,22 @@ def expand(a: Tensor, x: Tensor) -> Tensor:
 
 def at(schedule: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """The entries ``schedule[t]`` (``t``: ``b``, integers) with the device and dtype of ``x``, ready to broadcast."""
-    return expand(schedule.to(t.device)[t].to(x.dtype), x)
+    return expand(on_device(schedule, t.device)[t].to(x.dtype), x)
+
+
+_copies = WeakTensorKeyDictionary()
+
+
+def on_device(schedule: Tensor, device: torch.device) -> Tensor:
+    """``schedule`` on ``device``, copied only once: a copy at every step would make the device wait.
+
+    A schedule is never changed in place. One that is being learned is copied each time, so that gradients flow.
+    """
+    if schedule.device == device or schedule.requires_grad:
+        return schedule.to(device)
+    if (copy := _copies.get(schedule)) is None or copy.device != device:
+        copy = _copies[schedule] = schedule.to(device)
+    return copy
 
 
 def sample(method: Method, net: Net, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

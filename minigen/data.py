@@ -101,17 +101,15 @@ class Batches(Iterator[Tensor]):
     """An endless stream of batches, float32 ``b *d``, on the device of ``x``.
 
     The stream is one shuffled epoch after another; a batch may reach into the next epoch, so every sample comes exactly
-    once per epoch and a batch may be larger than the data. Each of ``world`` processes takes its own slice of the same
-    stream.
+    once per epoch and a batch may be larger than the data. The same seed gives the same stream on every device and in
+    every process.
 
     Args:
         x: the data, uint8 ``n c h w`` or float32 ``n d``, on the device where the batches are wanted.
-        batch: samples per batch and process.
+        batch: samples per batch.
         bins: gray values of a pixel.
         flip: mirror each image with probability 1/2.
         seed: of the order and the flips.
-        rank: number of this process.
-        world: number of processes.
     """
 
     def __init__(
@@ -122,24 +120,20 @@ class Batches(Iterator[Tensor]):
         bins: int = 256,
         flip: bool = False,
         seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         if batch < 1 or not len(x):
             raise ValueError(f"batches need a positive size and at least one sample, got {batch} and {len(x)}")
-        self.x, self.batch, self.bins, self.flip, self.rank, self.world = x, batch, bins, flip, rank, world
+        self.x, self.batch, self.bins, self.flip = x, batch, bins, flip
         self._random = torch.Generator().manual_seed(seed)  # on the CPU: the same order on every device
         self._left = torch.empty(0, dtype=torch.int64)
 
     def __next__(self) -> Tensor:
-        total = self.batch * self.world
-        while len(self._left) < total:
+        while len(self._left) < self.batch:
             self._left = torch.cat([self._left, torch.randperm(len(self.x), generator=self._random)])
-        mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
-        index, self._left = self._left[:total][mine], self._left[total:]
+        index, self._left = self._left[: self.batch], self._left[self.batch :]
         x = to_float(self.x[index.to(self.x.device)], self.bins)
         if self.flip:
-            mirror = (torch.rand(total, generator=self._random) < 0.5)[mine].to(x.device)
+            mirror = (torch.rand(self.batch, generator=self._random) < 0.5).to(x.device)
             x = torch.where(mirror[:, None, None, None], x.flip(3), x)
         return x
 

@@ -119,7 +119,7 @@ class DDPM:
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The image that ``eps`` implies, eq. 15, clipped if asked; ``b *d``."""
-        x0 = (x_t - at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / at(self.alpha_bar.sqrt(), t, x_t)
+        x0 = (x_t - at(self.chain.noise, t, x_t) * eps) / at(self.chain.signal, t, x_t)
         return self._clip(x0)
 
     def loss(self, net: Net, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class DDPM:
         for step in range(self.T, 0, -1):
             t = torch.full((len(x),), step, device=x.device)
             mean, _ = self.posterior(x, self.predict_x0(x, t, net(x, self.clock(t))), t)
-            x = mean + at(self.sigma2.sqrt(), t, x) * torch.randn_like(x) if step > 1 else mean
+            x = mean + at(self.sigma2, t, x).sqrt() * torch.randn_like(x) if step > 1 else mean
             yield x
 
     def denoiser(self, net: Net) -> Denoiser:
@@ -163,7 +163,7 @@ class DDPM:
 
         def net(x_t: Tensor, u: Tensor) -> Tensor:
             t = (u * self.T).round().long()
-            x, sigma = x_t / at(self.alpha_bar.sqrt(), t, x_t), at(self.sigma, t, x_t)
+            x, sigma = x_t / at(self.chain.signal, t, x_t), at(self.sigma, t, x_t)
             return (x - denoiser(x, sigma.flatten())) / sigma
 
         return net

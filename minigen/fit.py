@@ -54,7 +54,9 @@ class Signals:
         signal.signal(number, self._before[signal.Signals(number)])
 
 
-def fit(trainer: Trainer, out: Path, sample_every: int, save_every: int, save_minutes: float) -> int:
+def fit(
+    trainer: Trainer, out: Path, sample_every: int, save_every: int, save_minutes: float, snapshots: int = 0
+) -> int:
     """Train to the end, or until a signal.
 
     Args:
@@ -63,6 +65,7 @@ def fit(trainer: Trainer, out: Path, sample_every: int, save_every: int, save_mi
         sample_every: steps between two grids; 0: only the ten that every run has.
         save_every: steps between two checkpoints; 0: by time only.
         save_minutes: minutes between two checkpoints.
+        snapshots: points of the run at which the averaged weights are kept.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal.
@@ -77,12 +80,16 @@ def fit(trainer: Trainer, out: Path, sample_every: int, save_every: int, save_mi
     if not trainer.step:
         trainer.save(file)  # a full disk or a forbidden folder shows now, not after an hour
     saved, tenths = time.monotonic(), int(trainer.progress * GRIDS)  # tenths: of the run, one grid for each
+    kept = int(trainer.progress * snapshots)
     with Signals() as signals, Report(trainer, out) as report:
         for record in trainer.steps():
             report.step(record)
             if int(trainer.progress * GRIDS) > tenths or (sample_every and trainer.step % sample_every == 0):
                 tenths = int(trainer.progress * GRIDS)
                 report.grid()
+            if int(trainer.progress * snapshots) > kept:
+                kept = int(trainer.progress * snapshots)
+                trainer.export(out / "snapshots" / f"step-{trainer.step:06d}.safetensors")
             ask = here.world == 1 or record is not None  # several processes agree, which costs time, only now and then
             stop = ask and here.any(signals.caught > 0)
             old = ask and here.any(time.monotonic() - saved > 60 * save_minutes)
@@ -135,7 +142,7 @@ class Report:
             return
         self._bar.update(min(self._position(), self._bar.total) - self._bar.n)
         if record:
-            images = (t.step - self._mark[0]) * t.config.batch * t.processes.world
+            images = (t.step - self._mark[0]) * t.points
             speed = images / max(t.seconds - self._mark[1], 1e-9)
             self._log.add(record, speed, t.seconds)
             self._bar.set_postfix_str(f"loss {record.loss:.4f}, {speed:.4g} images/s", refresh=False)

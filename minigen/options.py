@@ -25,12 +25,18 @@ class Train(Generic[M]):
     """folder of the run: checkpoint, log, sample grids"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
     """cifar10, digits, folder:PATH, or a law: two_modes, eight_gaussians, swiss_roll, heart"""
+    recipe: Annotated[
+        Literal["paper", "fast"] | None, tyro.conf.arg(metavar="{paper,fast}", help_behavior_hint="(default: paper)")
+    ] = None
+    """how to train: as the paper did, or in a budget of minutes"""
     steps: Int = None
     """updates in the whole run"""
     minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: none)")] = None
     """time budget of the whole run, learning-rate schedule included"""
     batch: Int = None
-    """samples per step (and per process)"""
+    """samples per step, over all processes (pfgm: the charges)"""
+    accumulate: Int = None
+    """parts into which a step is cut to need less memory; the result is the same"""
     width: Int = None
     """hidden units, or channels at full resolution"""
     dropout: Float = None
@@ -46,7 +52,7 @@ class Train(Generic[M]):
     ema: Float = None
     """decay of the averaged weights"""
     grad_clip: Float = None
-    """largest norm of the gradient"""
+    """largest norm of the gradient (inf: any)"""
     seed: Int = None
     """of weights, data order and noise"""
     precision: Annotated[
@@ -63,10 +69,12 @@ class Train(Generic[M]):
     """steps between two checkpoints (0: by time only)"""
     save_minutes: float = 5.0
     """minutes between two checkpoints"""
+    snapshots: int = 0
+    """points of the run, evenly spread, at which the averaged weights are kept in RUN/snapshots"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
     resume: bool = False
-    """continue the run in --out; only --steps, --minutes, --data and --device may differ from before"""
+    """continue the run in --out; only --steps, --minutes, --accumulate, --data and --device may differ from before"""
     offline: bool = False
     """download nothing"""
 

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, prod, sqrt
 from typing import Literal
 
@@ -147,6 +147,11 @@ class PFGM:
         t_x, t_z = self.field_target(x_z, z, x)
         v_x, v_z = self.predict_field(net, x_z, z)
         return ((v_x - t_x).square().flatten(1).sum(1) + (v_z - t_z) ** 2) / eps.shape[1]
+
+    def share(self, x: Tensor, i: int, parts: int) -> tuple[PFGM, Tensor]:
+        """The ``i``-th of ``parts`` equal shares of a step: some of the points, all of the charges ``x``."""
+        points = min(self.small_batch, len(x)) // parts
+        return replace(self, small_batch=points), x.roll(-i * points, 0)
 
     # Reverse
 

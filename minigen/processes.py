@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Inside a ``with`` block a lack of memory is said in one line that names the options to change.
+
+    Raises:
+        RuntimeError: that line.
+    """
+    try:
+        yield
+    except RuntimeError as e:  # of which torch.OutOfMemoryError is one; on the CPU only the words tell it
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        how = (
+            "cut the step with a larger --accumulate (the training stays the same), or use a smaller --batch or --width"
+        )
+        raise RuntimeError(f"out of memory: {how}") from e
+
+
 class Processes:
     """This process and its siblings: one alone, or as many as ``torchrun`` or ``accelerate launch`` started.
 
@@ -49,6 +69,10 @@ class Processes:
     def wrap(self, net: nn.Module) -> nn.Module:
         """``net`` for training: where there are several processes, its gradients become their mean."""
         return self._accelerator.prepare(net)
+
+    def together(self, net: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Around a backward pass of ``net``, as ``wrap`` gave it: gradients travel in the ``last`` one only."""
+        return nullcontext() if last else self._accelerator.no_sync(net)
 
     def any(self, mine: bool) -> bool:
         """Whether any process says yes; all of them must ask."""

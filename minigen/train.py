@@ -8,6 +8,9 @@
 
 The trainer has random numbers of its own, so that nothing done between two steps changes the training. On the CPU,
 stopping and continuing from a checkpoint gives the same bits as never stopping.
+
+The batch of a step is cut into ``parts``: one for each process, or ``accumulate`` of them, done one after the other.
+Each part has its own random numbers, so two processes with one part each and one process with two train the same.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .core import Method, Record
+from .core import Crowd, Method, Record
 from .data import Batches, Dataset
-from .processes import Processes, Stream
+from .processes import Processes, Stream, enough_memory
 from .recipe import TrainConfig, preset
 
 __all__ = ["Ema", "TrainConfig", "Trainer", "preset"]
@@ -69,6 +72,11 @@ class Trainer:
         step: updates done.
         seconds: time they took, including what the caller did between them.
         ema: the averaged weights, ``ema.net``.
+        parts: into which a step is cut, over all processes.
+        points: noisy samples that the network sees in a step: those of the batch, or as many as the method takes of it.
+
+    Raises:
+        ValueError: if the points of a step cannot be cut into the parts.
     """
 
     def __init__(
@@ -85,9 +93,14 @@ class Trainer:
         self._weights = list(net.parameters())
         self.optimizer = torch.optim.Adam(self._weights, lr=config.lr, fused=True)
         self._parallel = here.wrap(net)
-        order = {"seed": config.seed, "rank": here.rank, "world": here.world}
-        self.batches = Batches(data.x.to(self.device), config.batch, bins=data.bins, flip=data.flip, **order)
-        self._stream = Stream(config.seed + 1_000_003 * here.rank, self.device)
+        self.batches = Batches(data.x.to(self.device), config.batch, bins=data.bins, flip=data.flip, seed=config.seed)
+        self.parts = here.world * config.accumulate
+        self.points = min(config.batch, method.small_batch) if isinstance(method, Crowd) else config.batch
+        if self.points % self.parts:
+            by = f"{here.world} processes x --accumulate {config.accumulate}"
+            raise ValueError(f"the {self.points} samples of a step cannot be cut into {self.parts} parts ({by})")
+        mine = range(here.rank * config.accumulate, (here.rank + 1) * config.accumulate)
+        self._streams = {i: Stream(config.seed + 1_000_003 * i, self.device) for i in mine}
         self.step, self.seconds, self._count = 0, 0.0, 0
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)  # the sum over _count steps
         self._norm, self._lr = torch.zeros((), device=self.device), 0.0
@@ -106,10 +119,12 @@ class Trainer:
 
         Raises:
             FloatingPointError: if the loss or the gradient is not finite.
+            RuntimeError: if the memory is too small, with the options to change.
         """
         began = time.monotonic() - self.seconds
         while self.progress < 1:
-            self._update()
+            with enough_memory():
+                self._update()
             seconds = time.monotonic() - began
             self.seconds = self.processes.first(seconds) if self.config.minutes else seconds
             due = self.step % self.config.log_every == 0 or self.progress >= 1
@@ -119,18 +134,26 @@ class Trainer:
         if not self.net.training:
             self.net.train()
         self.optimizer.zero_grad()  # first, in case the last step was interrupted
-        with self._stream:
-            x = next(self.batches).contiguous(memory_format=self._layout)
-            loss = self.method.loss(self._call, x).mean()
-            loss.backward()
+        x = next(self.batches).contiguous(memory_format=self._layout)
+        for i, stream in self._streams.items():
+            with stream, self.processes.together(self._parallel, i == max(self._streams)):
+                loss = self._loss_of_part(x, i) / len(self._streams)
+                loss.backward()
+            self._loss += loss.detach()
         self._norm = torch.nn.utils.clip_grad_norm_(self._weights, self.config.grad_clip)
         self._lr = self.config.rate(self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
         self.optimizer.step()
         self.ema.update()
-        self._loss += loss.detach()
         self.step, self._count = self.step + 1, self._count + 1
+
+    def _loss_of_part(self, x: Tensor, i: int) -> Tensor:
+        """The mean loss of the ``i``-th part of the batch ``x``."""
+        if isinstance(self.method, Crowd):
+            method, x = self.method.share(x, i, self.parts)
+            return method.loss(self._call, x).mean()
+        return self.method.loss(self._call, x.chunk(self.parts)[i]).mean()
 
     def _call(self, x: Tensor, u: Tensor) -> Tensor:
         """The network, and only the network, in mixed precision."""
@@ -157,12 +180,18 @@ class Trainer:
         for name, p in self.net.named_parameters():
             tensors |= {f"adam.{k}.{name}": v for k, v in self.optimizer.state[p].items()}
         tensors |= {f"batches.{k}": v for k, v in self.batches.state().items()}
-        for rank, state in enumerate(self.processes.gather(self._stream.state)):
-            tensors |= {f"random.{rank}.{k}": v for k, v in state.items()}
+        for streams in self.processes.gather({i: stream.state for i, stream in self._streams.items()}):
+            tensors |= {f"random.{i}.{k}": v for i, state in streams.items() for k, v in state.items()}
         tensors["loss"] = self.processes.mean(self._loss)
         if self.processes.rank == 0:
             checkpoint.write(path, tensors, self.describe())
         self.processes.wait()
+
+    def export(self, path: Path) -> None:
+        """Write the averaged weights alone, in half precision; only the first of several processes does."""
+        tensors = {f"ema.{k}": v for k, v in self.ema.net.state_dict().items()}
+        if self.processes.rank == 0:
+            checkpoint.export(path, tensors, self.describe(), torch.float16)
 
     def describe(self) -> dict[str, Any]:
         """The run in plain values: method, network, configuration, data, progress."""
@@ -180,6 +209,8 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Continue from a file that ``save`` wrote, with the same network and data.
 
+        The continuation is exact when the number of parts is the same, however many processes share them.
+
         Raises:
             checkpoint.CheckpointError: if it cannot be read or belongs to another network or other data.
         """
@@ -194,7 +225,8 @@ class Trainer:
                 if (v := tensors.get(f"adam.{k}.{name}")) is not None:  # in the memory format of p, as Adam makes them
                     self.optimizer.state[p][k] = torch.empty_like(p if v.ndim else v, device=p.device).detach().copy_(v)
         self.batches.restore({k: tensors[f"batches.{k}"] for k in ("left", "random")})
-        mine = f"random.{self.processes.rank}."
-        self._stream.state |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+        for i, stream in self._streams.items():
+            mine = f"random.{i}."
+            stream.state |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
         self.step, self.seconds, self._count = info["step"], info["seconds"], info["count"]
         self.ema.updates, self._loss = self.step, tensors["loss"].to(self.device)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import minigen
 from minigen import checkpoint
 from minigen.__main__ import main
 from minigen.laws import LAWS
@@ -55,6 +56,15 @@ def test_train_leaves_a_checkpoint_a_log_pictures_and_a_readable_configuration(d
     assert config["method_fields"]["T"] == 20 and config["net"]["width"] == 8 and config["train"]["batch"] == 16
     assert Image.open(digits / "loss.png").size[0] > 300
     assert not [p for p in digits.rglob("*.part")]
+
+
+def test_snapshots_are_kept_along_the_run(tmp_path):
+    run = tmp_path / "run"
+    ok("train", "ddpm", "--data", "digits", "--steps", 6, "--snapshots", 3, "--out", run, *SMALL)
+    kept = sorted((run / "snapshots").iterdir())
+    assert [p.stem for p in kept] == ["step-000002", "step-000004", "step-000006"]
+    early, late, end = (minigen.load(p).net.state_dict()["enter.weight"] for p in (kept[0], kept[2], run))
+    assert torch.allclose(late, end, atol=1e-3) and not torch.allclose(early, late, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "rk45", "paper"])
@@ -249,6 +259,15 @@ def test_help(capsys):
     assert all(word in said for word in ("--data", "--minutes", "--resume", "--variance", "--T", *LAWS))
     ok("sample", "--help")
     assert "--sampler" in capsys.readouterr().out
+
+
+def test_the_fast_recipe_learns_poisson_flow_at_as_many_points_as_others_see_images(tmp_path, capsys):
+    run, words = tmp_path / "run", ["--data", "digits", "--recipe", "fast", "--width", 8, "--device", "cpu"]
+    ok("train", "pfgm", *words, "--steps", 2, "--large-batch", 200, "--out", run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["batch"] == 200 and config["train"]["steps"] == 2
+    assert main(["train", "pfgm", "--out", str(run), "--resume", "--recipe", "fast"]) == 2
+    assert "--recipe is for a new run" in capsys.readouterr().err
 
 
 # Interruptions

@@ -189,14 +189,6 @@ def test_batches_continue_exactly():
     assert all(torch.equal(next(two), b) for b in expected)
 
 
-def test_processes_share_one_stream():
-    x = torch.randint(0, 256, (50, 1, 2, 2), dtype=torch.uint8)
-    whole = data.Batches(x, 8, flip=True, seed=5)
-    parts = [data.Batches(x, 4, flip=True, seed=5, rank=rank, world=2) for rank in range(2)]
-    for _ in range(30):
-        assert torch.equal(next(whole), torch.cat([next(p) for p in parts]))
-
-
 def test_half_of_the_images_are_mirrored():
     x = torch.tensor([0, 255], dtype=torch.uint8).expand(400, 1, 1, 2).contiguous()
     got = torch.cat([next(b) for b in [data.Batches(x, 400, flip=True)] for _ in range(5)])

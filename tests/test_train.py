@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from math import cos, pi
+from math import cos, inf, pi
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from minigen.data import Dataset, load
 from minigen.generate import draw
 from minigen.methods import METHODS
 from minigen.processes import Stream, pick_device
-from minigen.recipe import TrainConfig, preset
+from minigen.recipe import PAPER, TrainConfig, preset
 from minigen.train import Ema, Trainer
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -156,6 +156,30 @@ def test_presets():
     assert (paper.steps, paper.batch, paper.lr, paper.warmup, paper.ema) == (800_000, 128, 2e-4, 5000, 0.9999)
     assert preset(Dataset("x", torch.zeros(1, 3, 32, 32).byte(), 256)) == paper
     assert preset(load("digits")).decay == preset(load("heart")).decay == "cosine"
+
+
+def test_recipes():
+    images = Dataset("x", torch.zeros(1, 3, 32, 32).byte(), 256)
+    assert set(PAPER) == set(METHODS)
+    assert all(preset(images, name) == config for name, config in PAPER.items())
+    ncsn, edm = PAPER["ncsn"], PAPER["pfgmpp"]
+    assert (ncsn.lr, ncsn.steps, ncsn.warmup, ncsn.ema) == (1e-3, 200_000, 0, 0)
+    assert edm.steps * edm.batch == 200_000_000 and edm.warmup == pytest.approx(10e6 / 512, abs=1)
+    assert edm.ema ** (500_000 / edm.batch) == pytest.approx(0.5)
+    fast = preset(images, "ncsn", "fast")
+    assert (fast.steps, fast.minutes, fast.precision) == (None, 20, "fp32") and fast.rate(0, 20 * 60) == 0
+    assert preset(images, recipe="fast", device="cuda").compile
+    some = preset(images, recipe="fast", steps=200)
+    assert (some.steps, some.minutes, some.warmup) == (200, None, 10) and some.rate(200) == 0
+    assert preset(load("digits"), recipe="fast").minutes == 1
+    with pytest.raises(ValueError, match="unknown recipe 'slow': use paper or fast"):
+        preset(images, recipe="slow")
+
+
+def test_an_average_of_length_zero_is_the_network_itself():
+    t = trainer(PICTURES, ema=0.0, grad_clip=inf)
+    list(t)
+    assert all(torch.equal(a, b) for a, b in zip(t.net.parameters(), t.ema.net.parameters(), strict=True))
 
 
 class Watched(DDPM):
