@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
-from minigen import DDPM, DPM, NCSN, PFGM, sample, samplers, seeded
+from minigen import DDPM, DPM, NCSN, PFGM, nets, sample, samplers, seeded
+from minigen.data import Batches, load
+from minigen.evaluate import frechet_distance
 from minigen.ink import Ink, mix, unmix
 from minigen.laws import Mixture
+from minigen.recipe import TrainConfig
+from minigen.train import Trainer
 
 jupytext = pytest.importorskip("jupytext")
 CHAPTERS = Path(__file__).parent.parent / "chapters"
@@ -102,6 +107,23 @@ def test_dpm_from_scratch_equals_the_package():
         return torch.cat(net(y, (u * 40).round().long()), dim=1)
 
     assert_same(space, net, method, as_package, x, rtol=1e-3, atol=1e-3)
+
+
+def test_recipe_from_scratch_equals_the_trainer():
+    space, source = scratch("09_cifar10")
+    assert "minigen" not in source
+    points, method = load("two_modes"), DDPM()
+    net = nets.build(nets.preset((2,), 2, 16))
+    config = TrainConfig(40, None, 32, lr=3e-3, warmup=8, decay="cosine", ema=0.8, seed=3)
+    trainer = Trainer(method, deepcopy(net), points, config, "cpu")
+    assert len(list(trainer)) == 2
+    with seeded(3):
+        batches = Batches(points.x, 32, seed=3)
+        ours = space["train"](lambda f, x: method.loss(f, x).mean(), net, batches, 40, 3e-3, 8, 0.8)
+    for mean, theirs in zip(ours.parameters(), trainer.ema.net.parameters(), strict=True):
+        assert torch.allclose(mean, theirs, atol=1e-5)
+    a, b = torch.randn(80, 5) @ torch.randn(5, 5), torch.randn(60, 5) + 1
+    assert space["frechet"](a, b) == pytest.approx(frechet_distance(a, b), rel=1e-8)
 
 
 def test_pfgm_from_scratch_equals_the_package():

@@ -1,0 +1,124 @@
+"""Numbers that come from runs have a result file, and the prose that tells of runs has no number of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "book" / "results"
+CHAPTER = ROOT / "chapters" / "09_cifar10.md"
+FILES = sorted(RESULTS.glob("*.json"))
+
+SECTIONS = ("Real runs on one processor core", "With shipped weights", "Is your run on track?")
+"""The headings of the chapter under which prose tells of our own runs."""
+
+ALLOWED: dict[str, str] = {
+    "2020": "the year of a paper",
+    "10": "CIFAR-10, the name of the data",
+}
+"""Numbers that may stand there all the same, each with its reason or source."""
+
+NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?")
+
+
+def prose(text: str, headings: tuple[str, ...]) -> str:
+    """The text under the headings, without code, formulas, directives, roles and links."""
+    parts = re.split(r"(?m)^(#{2,3} .*)$", text)
+    kept = [body for head, body in zip(parts[1::2], parts[2::2], strict=True) if head.lstrip("# ") in headings]
+    out = "\n".join(kept)
+    for pattern in (r"(?ms)^```.*?^```", r"(?s)\$\$.*?\$\$", r"\$[^$\n]*\$", r"`[^`\n]*`", r"\{[\w:]+\}", r"\]\(\S*\)"):
+        out = re.sub(pattern, " ", out)
+    return out
+
+
+def numbers(text: str) -> list[str]:
+    """Every number that is typed in a text, without commas."""
+    return [m[0].replace(",", "").replace("−", "-") for m in NUMBER.finditer(text)]
+
+
+def leaves(value) -> list[float]:
+    """All numbers in a result, without its long curves."""
+    if isinstance(value, dict):
+        return [x for k, v in value.items() if k != "curve" for x in leaves(v)]
+    if isinstance(value, list):
+        return [x for v in value for x in leaves(v)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def strays(text: str, results: list[float], printed: set[str]) -> list[str]:
+    """The numbers of a text that no result rounds to, no cell prints, and nobody allowed."""
+    out = []
+    for number in numbers(text):
+        digits = len(number.partition(".")[2])
+        known = any(round(x, digits) == float(number) for x in results)
+        if not known and number not in ALLOWED and number not in printed:
+            out.append(number)
+    return out
+
+
+def printed_by(notebook: Path) -> set[str]:
+    """The numbers in the text outputs of a notebook."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(o.get("text", "")) for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    return set(numbers("\n".join(texts)))
+
+
+def test_there_are_results():
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_result_says_how_it_was_made(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["command"].startswith("python ") and result["hardware"]
+    if result.get("method") or "train" in result["command"]:
+        assert result["data"] and result["steps"] > 0 and result["weights"] > 0 and len(result["curve"]) > 10
+        assert (RESULTS / f"{path.stem}.png").stat().st_size > 1000, "a run has a picture"
+    for row in result.get("distances", []):
+        assert {"n", "split", "sampler", "network_calls", "features", "seconds"} <= set(row)
+        assert any(k.startswith("frechet_") and k.endswith("_floor") for k in row), "no distance without its floor"
+    assert not re.search(r"/(root|home|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("chapter", sorted((ROOT / "chapters").glob("*.md")), ids=lambda p: p.stem)
+def test_chapters_refer_to_results_that_exist(chapter):
+    names = re.findall(
+        r"results/([\w-]+\.(?:json|png))|RESULTS / \"([\w-]+\.\w+)\"", chapter.read_text(encoding="utf-8")
+    )
+    for name in (a or b for a, b in names):
+        assert (RESULTS / name).exists(), name
+
+
+def test_prose_on_runs_has_no_number_of_its_own():
+    text = CHAPTER.read_text(encoding="utf-8")
+    found = prose(text, SECTIONS)
+    assert len(found) > 1500, "the sections have other names now: change SECTIONS"
+    results = [x for path in FILES for x in leaves(json.loads(path.read_text(encoding="utf-8")))]
+    assert strays(found, results, printed_by(CHAPTER.with_suffix(".ipynb"))) == []
+
+
+def test_a_stray_number_is_seen():
+    """The test above can fail: a number that nobody measured is found, one that was measured is not."""
+    text = """
+## Other
+Here 12345.6 is no concern.
+
+## Real runs on one processor core
+The distance is 17.42, at 1,800 steps; the loss fell to 0.035. In $x=3.7$ and `--lr 99` nothing is claimed.
+
+```python
+print(55.5)
+```
+
+## Next
+And 77.7 is outside.
+"""
+    found = prose(text, ("Real runs on one processor core",))
+    assert numbers(found) == ["17.42", "1800", "0.035"]
+    assert strays(found, [1800.0, 0.03461], set()) == ["17.42"]
+    assert strays(found, [17.4249, 1800.0, 0.03461], set()) == []
+    assert strays(found, [1800.0, 0.0361], {"17.42"}) == ["0.035"]
