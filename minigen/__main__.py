@@ -17,6 +17,7 @@ USAGE = """\
 usage: python -m minigen COMMAND ... (COMMAND --help shows all options)
 
   train METHOD --data DATA --out RUN   train; DATA: cifar10, digits, folder:PATH, swiss_roll, heart, ...
+  train classifier --data DATA --out NAME.safetensors   features to compare images by
   sample RUN --n 64 --out grid.png     draw from a trained model
   evaluate RUN --n 1000                compare samples with test data
   compare RUN                          is the loss on track? beside that of a run that worked
@@ -61,7 +62,9 @@ def _dispatch(words: list[str]) -> int:
         raise ValueError(f"unknown command {command!r}: use train, sample, evaluate, compare, export or plot")
     from . import options
 
-    if command == "train":
+    if words[:2] == ["train", "classifier"]:
+        chosen = _parse(options.Classifier, "train classifier", rest[1:])
+    elif command == "train":
         from .methods import METHODS
 
         if rest[:1] in (["-h"], ["--help"]):
@@ -78,12 +81,14 @@ def _dispatch(words: list[str]) -> int:
         chosen = _parse(forms[command], command, rest)
     if isinstance(chosen, int):
         return chosen
-    from . import commands
+    from . import commands, measure
 
     run = {
-        "train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "compare": commands.compare,
+        "train": commands.train, "sample": commands.sample, "evaluate": measure.measure, "compare": commands.compare,
         "export": commands.export, "plot": commands.plot,
     }  # fmt: skip
+    if isinstance(chosen, options.Classifier):
+        return commands.train_classifier(chosen)
     return run[command](chosen)
 
 

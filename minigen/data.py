@@ -83,7 +83,8 @@ def load(spec: str, split: str = "train", root: str | Path | None = None, offlin
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: use train or test")
     if spec.startswith("folder:"):
-        return Dataset(spec, images.folder(spec.removeprefix("folder:"), split), bins=256, flip=True)
+        x, labels = images.folder(spec.removeprefix("folder:"), split)
+        return Dataset(spec, x, bins=256, flip=True, labels=labels)
     if spec in LAWS:
         with seeded(split == "test"):
             return Dataset(spec, LAWS[spec]().sample(50_000 if split == "train" else 10_000).float())

@@ -24,18 +24,28 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minigen.measure import measure  # noqa: E402
-
 from minigen import checkpoint, compare, load, log, nets  # noqa: E402
 from minigen.data import Dataset  # noqa: E402
 from minigen.generate import draw, picture  # noqa: E402
+from minigen.measure import measure  # noqa: E402
 from minigen.methods import METHODS  # noqa: E402
 from minigen.options import Evaluate  # noqa: E402
 from minigen.recipe import TrainConfig  # noqa: E402
 from minigen.train import Trainer  # noqa: E402
 
 PLACE = ROOT / "book" / "results"
-DISTANCES = ("n", "split", "weights", "sampler", "network_calls", "seconds", "seed", "features", "features_of")
+DISTANCES = (
+    "n",
+    "split",
+    "weights",
+    "sampler",
+    "precision",
+    "network_calls",
+    "seconds",
+    "seed",
+    "features",
+    "features_of",
+)
 
 
 def command(info):
@@ -66,7 +76,15 @@ def distance(path, sampler, steps, a, floor=False, bits=0, **more):
     """What ``python -m minigen evaluate`` gives."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "numbers.json"
-        words = {"n": a.n, "sampler": sampler, "steps": steps, "bits": bits, "floor": floor, **more}
+        words = {
+            "n": a.n,
+            "sampler": sampler,
+            "steps": steps,
+            "bits": bits,
+            "floor": floor,
+            "precision": a.precision,
+            **more,
+        }
         measure(Evaluate(run=path, device=a.device, out=out, **words))
         return json.loads(out.read_text())
 
@@ -84,7 +102,13 @@ def training(path, a):
         run = load(file, a.device)
         numbers = distance(file, *a.rows[0], a)
         rows.append({"step": run.step, "seconds": round(run.seconds, 1), **row(numbers)})
-        choice = {"sampler": a.rows[0][0], "steps": a.rows[0][1], "seed": 1, "device": a.device}
+        choice = {
+            "sampler": a.rows[0][0],
+            "steps": a.rows[0][1],
+            "seed": 1,
+            "device": a.device,
+            "precision": a.precision,
+        }
         pictures.append(draw(run.method, run.net, (8, *run.shape), **choice)[0])
     return rows, pictures
 
@@ -125,7 +149,7 @@ def keep_run(a):
     bits = distance(a.run, *a.rows[0], a, n=16, bits=a.bits, features="none") if a.bits else {}
     name = f"frechet_{numbers[0]['features']}"
     best = a.rows[min(range(len(a.rows)), key=lambda i: numbers[i][name])]
-    choice = {"sampler": best[0], "steps": best[1], "seed": 0, "device": a.device}
+    choice = {"sampler": best[0], "steps": best[1], "seed": 0, "device": a.device, "precision": a.precision}
     samples, calls = draw(run.method, run.net, (64, *run.shape), **choice)
     PLACE.mkdir(exist_ok=True)
     picture(samples, PLACE / f"{a.name}.png")
@@ -134,7 +158,7 @@ def keep_run(a):
         picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
     result = {
         "command": command(info),
-        "evaluate": f"python -m minigen evaluate RUN --n {a.n} --sampler SAMPLER --steps STEPS --bits 0",
+        "evaluate": f"python -m minigen evaluate RUN --n {a.n} --sampler S --steps K --precision {a.precision} --bits 0",
         "method": info["method"],
         "hardware": a.hardware,
         "data": a.data,
@@ -192,6 +216,9 @@ def main():
             sub.add_argument("--bits", type=int, default=0)
             sub.add_argument(
                 "--memory", nargs="*", type=int, default=[], help="batch sizes of which to measure the memory"
+            )
+            sub.add_argument(
+                "--precision", default="fp32", choices=["fp32", "bf16"], help="of the network while sampling"
             )
             sub.add_argument("--device", default="cpu")
     sub = words.add_parser("memory")

@@ -38,6 +38,7 @@ def main():
     ap.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     ap.add_argument("--memory", nargs="*", type=int, default=[8, 32, 128])
     ap.add_argument("--bits", type=int, default=0)
+    ap.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the network while sampling")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--train-only", action="store_true")
     ap.add_argument("train", nargs="*", help="options for the trainer, after --")
@@ -56,7 +57,16 @@ def main():
             f"cifar10_{method}_{a.tag}",
             ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits],
         )
-        rows = ["--rows", *ROWS.get(method, USUAL), "--memory", *a.memory, "--device", a.device]
+        rows = [
+            "--rows",
+            *ROWS.get(method, USUAL),
+            "--memory",
+            *a.memory,
+            "--device",
+            a.device,
+            "--precision",
+            a.precision,
+        ]
         run("tools/results.py", "run", out / method, name, *what, *rows)
         run("tools/results.py", "curve", out / method, name)
         weights = out / f"{method}.safetensors"
