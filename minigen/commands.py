@@ -127,7 +127,7 @@ def sample(o: options.Sample) -> int:
     device = pick_device(o.device)
     run = checkpoint.load(o.run, METHODS, device)
     began = time.monotonic()
-    choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device}
+    choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device, "precision": o.precision}
     x, calls = generate.draw(run.method, run.net, (o.n, *run.shape), **choice)
     generate.picture(x, o.out)
     print(f"{o.out}: {o.n} samples, {o.sampler}, {calls:g} network calls each, {time.monotonic() - began:.1f} s")
@@ -143,6 +143,22 @@ def export(o: options.Export) -> int:
     tensors, info = checkpoint.read(o.run)
     checkpoint.export(o.file, tensors, info, torch.float16 if o.precision == "fp16" else torch.float32)
     print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")
+    return 0
+
+
+def compare(o: options.Compare) -> int:
+    """Print the losses beside those of the reference, and what may explain a difference; returns the exit code."""
+    from . import compare as beside
+
+    mine = beside.read(o.run)
+    name, theirs = beside.reference(mine.info)
+    rows = beside.compare(mine, theirs)
+    print(f"reference: {name}\n{'images seen':>12} {'loss':>10} {'reference':>10} {'difference':>11} {'band':>8}")
+    for r in rows:
+        mark = "" if r.ok else " *"
+        print(f"{r.images:12.0f} {r.mine:10.4g} {r.reference:10.4g} {r.ratio:+10.1%} {r.band:8.1%}{mark}")
+    reasons = beside.causes(mine, theirs, rows)
+    print(f"off track; likely: {'; '.join(reasons)}" if reasons else "on track")
     return 0
 
 

@@ -69,9 +69,14 @@ def _drawn(o: options.Evaluate, run: checkpoint.Run, device: torch.device) -> tu
         how = {"sampler": f"file {o.samples.name}", "network_calls": None, "seconds": None}
     else:
         began = time.monotonic()
-        choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device}
+        choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device, "precision": o.precision}
         x, calls = generate.draw(run.method, run.net, (o.n, *run.shape), **choice)
-        how = {"sampler": o.sampler, "network_calls": calls, "seconds": round(time.monotonic() - began, 2)}
+        how = {
+            "sampler": o.sampler,
+            "precision": o.precision,
+            "network_calls": calls,
+            "seconds": round(time.monotonic() - began, 2),
+        }
     return to_float(to_uint8(x, run.bins), run.bins) if run.bins else x, how
 
 

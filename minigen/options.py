@@ -119,6 +119,8 @@ class Sample:
     """paper: the method's own"""
     seed: int = 0
     """same seed, same samples"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision in the network, faster for wide networks and on GPUs"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
 
@@ -149,6 +151,8 @@ class Evaluate:
     """images for bits per dimension, by the bound (as many network calls as steps) and by the flow; 0: none"""
     tol: float = 1e-3
     """tolerance of the flow for bits per dimension"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision in the network while sampling"""
     seed: int = 0
     """same seed, same numbers"""
     device: Device = "auto"
@@ -171,6 +175,14 @@ class Export:
     """the new file, NAME.safetensors"""
     precision: Literal["fp16", "fp32"] = "fp16"
     """of the weights: half takes half of the space"""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the loss of a run with that of a run that worked, at equal numbers of images seen."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run"""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,13 @@ def test_the_same_seed_draws_the_same_samples(digits, tmp_path):
     assert a.shape == (3, 1, 8, 8) and (a == b).all() and (a != c).any()
 
 
+def test_sampling_in_mixed_precision_gives_nearly_the_same_pictures(digits, tmp_path):
+    for kind in ("fp32", "bf16"):
+        ok("sample", digits, "--n", 3, "--steps", 3, "--precision", kind, "--out", tmp_path / f"{kind}.npy")
+    a, b = (np.load(tmp_path / f"{kind}.npy") for kind in ("fp32", "bf16"))
+    assert a.dtype == b.dtype == np.float32 and 0 < np.abs(a - b).mean() < 0.1
+
+
 def test_points_become_a_scatter_plot(modes, tmp_path):
     ok("sample", modes, "--n", 50, "--steps", 3, "--out", tmp_path / "points.png")
     assert (np.asarray(Image.open(tmp_path / "points.png"))[..., 0] < 255).sum() > 500
