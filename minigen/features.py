@@ -1,12 +1,12 @@
 """Features of images, and what is measured with them: Frechet distance, precision and recall.
 
-============  ==============================================================================================
+============= ==============================================================================================
 ``cifar``     128 features of a classifier of 3x32x32 images that ships with the package
 ``digits``    32 features of a classifier of 1x8x8 images that ships with the package
 ``inception`` 2,048 features of the Inception network of the literature: with these, and 50,000 samples against the
               50,000 training images, the Frechet distance is the FID of the papers
 ``NAME``      a file of your own, NAME.safetensors, from ``python -m minigen train classifier``
-============  ==============================================================================================
+============= ==============================================================================================
 
 Numbers from different features have nothing in common; everything here carries the name of its features.
 """
