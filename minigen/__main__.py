@@ -1,4 +1,4 @@
-"""The command line: ``python -m minigen train | sample | evaluate | export | plot``.
+"""The command line: ``python -m minigen train | sample | evaluate | compare | export | plot``.
 
 Whatever goes wrong is said in one line on stderr, with exit code 2; the variable MINIGEN_DEBUG=1 shows the traceback.
 """
@@ -17,8 +17,10 @@ USAGE = """\
 usage: python -m minigen COMMAND ... (COMMAND --help shows all options)
 
   train METHOD --data DATA --out RUN   train; DATA: cifar10, digits, folder:PATH, swiss_roll, heart, ...
+  train classifier --data DATA --out NAME.safetensors   features to compare images by
   sample RUN --n 64 --out grid.png     draw from a trained model
   evaluate RUN --n 1000                compare samples with test data
+  compare RUN                          is the loss on track? beside that of a run that worked
   export RUN NAME.safetensors          the averaged weights alone, in half precision, to share
   plot RUN                             draw the log to RUN/loss.png
 """
@@ -56,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
-    if command not in ("train", "sample", "evaluate", "export", "plot"):
-        raise ValueError(f"unknown command {command!r}: use train, sample, evaluate, export or plot")
+    if command not in ("train", "sample", "evaluate", "compare", "export", "plot"):
+        raise ValueError(f"unknown command {command!r}: use train, sample, evaluate, compare, export or plot")
     from . import options
 
-    if command == "train":
+    if words[:2] == ["train", "classifier"]:
+        chosen = _parse(options.Classifier, "train classifier", rest[1:])
+    elif command == "train":
         from .methods import METHODS
 
         if rest[:1] in (["-h"], ["--help"]):
@@ -71,17 +75,20 @@ def _dispatch(words: list[str]) -> int:
         chosen = _parse(options.Train[METHODS[rest[0]]], f"train {rest[0]}", rest[1:])
     else:
         forms = {
-            "sample": options.Sample, "evaluate": options.Evaluate, "export": options.Export, "plot": options.Plot
+            "sample": options.Sample, "evaluate": options.Evaluate, "compare": options.Compare,
+            "export": options.Export, "plot": options.Plot,
         }  # fmt: skip
         chosen = _parse(forms[command], command, rest)
     if isinstance(chosen, int):
         return chosen
-    from . import commands
+    from . import commands, measure
 
     run = {
-        "train": commands.train, "sample": commands.sample, "evaluate": commands.measure, "export": commands.export,
-        "plot": commands.plot,
+        "train": commands.train, "sample": commands.sample, "evaluate": measure.measure, "compare": commands.compare,
+        "export": commands.export, "plot": commands.plot,
     }  # fmt: skip
+    if isinstance(chosen, options.Classifier):
+        return commands.train_classifier(chosen)
     return run[command](chosen)
 
 

@@ -1,8 +1,7 @@
-"""What the commands do: train a run in a folder, draw from it, measure it."""
+"""What the commands do: train a run in a folder, draw from it, export it, plot it; ``measure`` has its own module."""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, evaluate, generate, laws, nets
+from . import checkpoint, classifier, generate, laws, nets
 from .core import Crowd, Method, seeded
-from .data import load, to_float, to_uint8
+from .data import load
 from .fit import fit, for_data
 from .methods import METHODS
 from .processes import pick_device
@@ -94,67 +93,45 @@ def _given(o: options.Train[Method]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
+def train_classifier(o: options.Classifier) -> int:
+    """Train a classifier of images and write it to one file; returns the exit code."""
+    device = pick_device(o.device)
+    if o.out.suffix != ".safetensors":
+        raise ValueError(f"{o.out} should end in .safetensors")
+    if o.out.exists():
+        raise ValueError(f"{o.out} exists: choose another name, or remove it")
+    data, test = load(o.data, offline=o.offline), load(o.data, "test", offline=o.offline)
+    config, recipe = classifier.preset(data)
+    given = {"epochs": o.epochs, "batch": o.batch, "lr": o.lr, "seed": o.seed, "precision": o.precision}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    if test.shape != data.shape or test.labels is None or int(test.labels.max()) >= config.classes:
+        raise ValueError(f"the test images of {o.data} must have the size and the classes of the training images")
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    for epoch, (net, seen) in enumerate(classifier.fit(data, config, recipe, device), 1):  # noqa: B007, after it
+        loss, right, seconds = seen["loss"], seen["accuracy"], seen["seconds"]
+        print(
+            f"epoch {epoch}/{recipe.epochs}  loss {loss:.4f}  training accuracy {right:.2%}  {seconds:.0f} s",
+            flush=True,
+        )
+    name = "folder:" + Path(o.data).name if o.data.startswith("folder:") else o.data
+    about = {"data": name, "recipe": asdict(recipe), "seconds": round(seen["seconds"], 1)}
+    net = net.half().float()  # the accuracy of what the file will hold
+    about["accuracy"], about["n_test"] = classifier.accuracy(net, test), len(test)
+    classifier.save(net, o.out, about)
+    print(f"{o.out}: test accuracy {about['accuracy']:.2%} of {len(test)}, {o.out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
 def sample(o: options.Sample) -> int:
     """Draw samples and write them; returns the exit code."""
     device = pick_device(o.device)
     run = checkpoint.load(o.run, METHODS, device)
     began = time.monotonic()
-    choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device}
+    choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device, "precision": o.precision}
     x, calls = generate.draw(run.method, run.net, (o.n, *run.shape), **choice)
     generate.picture(x, o.out)
     print(f"{o.out}: {o.n} samples, {o.sampler}, {calls:g} network calls each, {time.monotonic() - began:.1f} s")
     return 0
-
-
-def measure(o: options.Evaluate) -> int:
-    """Compare samples with data; print the numbers, and keep them in the run's folder; returns the exit code."""
-    device = pick_device(o.device)
-    run = checkpoint.load(o.run, METHODS, device)
-    held, train = load(run.data, o.split, offline=o.offline), load(run.data, offline=o.offline)
-    began = time.monotonic()
-    choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device}
-    x, calls = generate.draw(run.method, run.net, (o.n, *run.shape), **choice)
-    seconds = time.monotonic() - began
-    if run.bins:
-        x = to_float(to_uint8(x, run.bins), run.bins)  # what a picture of it would hold
-    if o.split == "train" and o.n > len(train) // 2:
-        raise ValueError(f"--n {o.n} is more than half of the {len(train)} training samples: use --split test")
-    true = held.samples(o.n, o.seed)
-    other = train.others(o.n, o.seed)
-    result: dict[str, Any] = {
-        "run": str(o.run), "data": run.data, "trained_steps": run.step, "weights": "EMA", "n": o.n, "split": o.split,
-        "n_data": len(true), "sampler": o.sampler, "network_calls": calls, "seed": o.seed, "seconds": round(seconds, 2),
-        "sliced_wasserstein": evaluate.sliced_wasserstein(x, true),
-        "sliced_wasserstein_floor": evaluate.sliced_wasserstein(other, true),
-    }  # fmt: skip
-    result |= _for_points(run, x, true, other) if len(run.shape) == 1 else _for_images(run, o, true.to(device))
-    for name, value in result.items():
-        print(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
-    if o.run.is_dir():
-        (o.run / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
-    return 0
-
-
-def _for_points(run: checkpoint.Run, x: Any, true: Any, other: Any) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "energy_distance": evaluate.energy_distance(x, true),
-        "energy_distance_floor": evaluate.energy_distance(other, true),
-    }
-    law = laws.LAWS[run.data]()
-    if len(law.means) <= 20:  # modes, not the blots that a curve is made of
-        spread = evaluate.mode_coverage(x, law)
-        result |= {"modes": len(law.means), "modes_found": spread.found}
-        result["mode_shares"] = [round(float(share), 4) for share in spread.shares]
-        result["mode_weights"] = [round(float(weight), 4) for weight in spread.weights]
-    return result
-
-
-def _for_images(run: checkpoint.Run, o: options.Evaluate, true: Any) -> dict[str, Any]:
-    if not o.bits or not hasattr(run.method, "bound"):
-        return {}
-    with seeded(o.seed):
-        bits, error = evaluate.bits_per_dim(run.method, run.net, true[: o.bits], run.bins)
-    return {"bits_per_dim": bits, "bits_per_dim_error": error, "bits_per_dim_n": min(o.bits, len(true))}
 
 
 def export(o: options.Export) -> int:
@@ -166,6 +143,22 @@ def export(o: options.Export) -> int:
     tensors, info = checkpoint.read(o.run)
     checkpoint.export(o.file, tensors, info, torch.float16 if o.precision == "fp16" else torch.float32)
     print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")
+    return 0
+
+
+def compare(o: options.Compare) -> int:
+    """Print the losses beside those of the reference, and what may explain a difference; returns the exit code."""
+    from . import compare as beside
+
+    mine = beside.read(o.run)
+    name, theirs = beside.reference(mine.info)
+    rows = beside.compare(mine, theirs)
+    print(f"reference: {name}\n{'images seen':>12} {'loss':>10} {'reference':>10} {'difference':>11} {'band':>8}")
+    for r in rows:
+        mark = "" if r.ok else " *"
+        print(f"{r.images:12.0f} {r.mine:10.4g} {r.reference:10.4g} {r.ratio:+10.1%} {r.band:8.1%}{mark}")
+    reasons = beside.causes(mine, theirs, rows)
+    print(f"off track; likely: {'; '.join(reasons)}" if reasons else "on track")
     return 0
 
 

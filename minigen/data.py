@@ -60,7 +60,7 @@ class Dataset:
 
 def to_float(x: Tensor, bins: int = 256) -> Tensor:
     """uint8 values k = 0 .. bins - 1 as 2 k / (bins - 1) - 1 in [-1, 1]; float tensors (points) pass unchanged."""
-    return x if x.is_floating_point() else x.float() * (2 / (bins - 1)) - 1
+    return x if x.is_floating_point() else x.float().mul_(2 / (bins - 1)).sub_(1)
 
 
 def to_uint8(x: Tensor, bins: int = 256) -> Tensor:
@@ -83,7 +83,8 @@ def load(spec: str, split: str = "train", root: str | Path | None = None, offlin
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: use train or test")
     if spec.startswith("folder:"):
-        return Dataset(spec, images.folder(spec.removeprefix("folder:"), split), bins=256, flip=True)
+        x, labels = images.folder(spec.removeprefix("folder:"), split)
+        return Dataset(spec, x, bins=256, flip=True, labels=labels)
     if spec in LAWS:
         with seeded(split == "test"):
             return Dataset(spec, LAWS[spec]().sample(50_000 if split == "train" else 10_000).float())
@@ -131,11 +132,11 @@ class Batches(Iterator[Tensor]):
         while len(self._left) < self.batch:
             self._left = torch.cat([self._left, torch.randperm(len(self.x), generator=self._random)])
         index, self._left = self._left[: self.batch], self._left[self.batch :]
-        x = to_float(self.x[index.to(self.x.device)], self.bins)
+        x = self.x[index.to(self.x.device)]
         if self.flip:
             mirror = (torch.rand(self.batch, generator=self._random) < 0.5).to(x.device)
             x = torch.where(mirror[:, None, None, None], x.flip(3), x)
-        return x
+        return to_float(x, self.bins)
 
     def state(self) -> dict[str, Tensor]:
         """What is left of the epoch, and the state of the generator."""

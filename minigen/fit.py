@@ -54,6 +54,18 @@ class Signals:
         signal.signal(number, self._before[signal.Signals(number)])
 
 
+class Marks:
+    """``n`` marks, evenly spread over a run."""
+
+    def __init__(self, n: int, progress: float) -> None:
+        self.n, self._last = n, int(progress * n)
+
+    def passed(self, progress: float) -> bool:
+        """Whether a mark was passed since the last time."""
+        before, self._last = self._last, int(progress * self.n)
+        return self._last > before
+
+
 def fit(
     trainer: Trainer, out: Path, sample_every: int, save_every: int, save_minutes: float, snapshots: int = 0
 ) -> int:
@@ -79,16 +91,13 @@ def fit(
         (out / "config.json").write_text(json.dumps(trainer.describe(), indent=2) + "\n")
     if not trainer.step:
         trainer.save(file)  # a full disk or a forbidden folder shows now, not after an hour
-    saved, tenths = time.monotonic(), int(trainer.progress * GRIDS)  # tenths: of the run, one grid for each
-    kept = int(trainer.progress * snapshots)
+    saved, grids, kept = time.monotonic(), Marks(GRIDS, trainer.progress), Marks(snapshots, trainer.progress)
     with Signals() as signals, Report(trainer, out) as report:
         for record in trainer.steps():
             report.step(record)
-            if int(trainer.progress * GRIDS) > tenths or (sample_every and trainer.step % sample_every == 0):
-                tenths = int(trainer.progress * GRIDS)
+            if grids.passed(trainer.progress) or (sample_every and trainer.step % sample_every == 0):
                 report.grid()
-            if int(trainer.progress * snapshots) > kept:
-                kept = int(trainer.progress * snapshots)
+            if kept.passed(trainer.progress):
                 trainer.export(out / "snapshots" / f"step-{trainer.step:06d}.safetensors")
             ask = here.world == 1 or record is not None  # several processes agree, which costs time, only now and then
             stop = ask and here.any(signals.caught > 0)

@@ -29,6 +29,7 @@ def draw(
     steps: int = 50,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    precision: str = "fp32",
 ) -> tuple[Tensor, float]:
     """Samples of the given shape ``n *d`` (on the CPU), and how often the network was called for each.
 
@@ -41,6 +42,7 @@ def draw(
         steps: noise levels of ``ddim``, ``euler`` and ``heun``.
         seed: same seed, same samples.
         device: where to draw.
+        precision: ``bf16`` runs the network, and nothing else, in mixed precision, as training may.
 
     Raises:
         ValueError: if ``n`` is not positive or the method does not have this sampler.
@@ -48,14 +50,17 @@ def draw(
     n, *d = shape
     if n < 1:
         raise ValueError(f"--n must be positive, got {n}")
-    calls = 0
+    calls, kind = 0, torch.device(device).type
 
     def counted(x: Tensor, u: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return net(x, u)
+        if precision == "fp32":
+            return net(x, u)
+        with torch.autocast(kind, torch.bfloat16):
+            return net(x, u).to(x.dtype)
 
-    numbers = 2**18 if torch.device(device).type == "cpu" else 2**20  # at a time: what fits into memory
+    numbers = 2**18 if kind == "cpu" else 2**20  # at a time: what fits into memory
     sizes = [len(part) for part in torch.empty(n).split(max(1, numbers // prod(d)))]
     with torch.no_grad(), seeded(seed):
         bar = tqdm(sizes, desc="sampling", unit="batch", leave=False, disable=len(sizes) == 1)

@@ -24,13 +24,15 @@ CIFAR_MIRRORS = (
 )
 SLOW = 300_000
 """Bytes per second below which another mirror is tried."""
+ASSETS = Path(__file__).parent / "assets"
+"""What ships with the package."""
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """What counts as an image file."""
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
     """The 8x8 digits of the package: ``n 1 8 8`` with values 0 to 16, and ``n`` labels; every sixth image is a test."""
-    with np.load(Path(__file__).parent / "assets" / "digits.npz") as f:
+    with np.load(ASSETS / "digits.npz") as f:
         x, labels = torch.from_numpy(f["images"])[:, None], torch.from_numpy(f["labels"]).long()
     keep = (torch.arange(len(x)) % 6 == 0) == (split == "test")
     return x[keep], labels[keep]
@@ -59,11 +61,12 @@ def cifar10(split: str, root: Path, offline: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)
 
 
-def folder(path: str | Path, split: str) -> Tensor:
-    """All images below ``path`` in the order of their names, as RGB, ``n 3 h h``.
+def folder(path: str | Path, split: str) -> tuple[Tensor, Tensor | None]:
+    """All images below ``path`` in the order of their names, as RGB, ``n 3 h h``, and ``n`` labels or ``None``.
 
     If ``path`` holds folders ``train`` and ``test``, the one named by ``split`` is read; if ``path`` is itself called
-    ``train``, the test images are those of the folder ``test`` beside it.
+    ``train``, the test images are those of the folder ``test`` beside it. Labels are known if all images lie in
+    subfolders: the number, from 0, of the subfolder in the order of the names.
 
     Raises:
         ValueError: if the folder is missing or empty, or an image is unreadable, not square, or of another size.
@@ -82,7 +85,16 @@ def folder(path: str | Path, split: str) -> Tensor:
     files = sorted(p for p in names if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"there are no images in {path}: put {', '.join(SUFFIXES)} files there")
-    return _decode(files)
+    return _decode(files), _labels(files, path)
+
+
+def _labels(files: list[Path], path: Path) -> Tensor | None:
+    """The classes by the first folder below ``path``; ``None`` if an image lies in ``path`` itself."""
+    parts = [p.relative_to(path).parts for p in files]
+    if any(len(p) == 1 for p in parts):
+        return None
+    number = {name: i for i, name in enumerate(sorted({p[0] for p in parts}))}
+    return torch.tensor([number[p[0]] for p in parts])
 
 
 def _decode(files: list[Path]) -> Tensor:

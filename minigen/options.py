@@ -80,6 +80,30 @@ class Train(Generic[M]):
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """Train a small classifier, whose features measure the distance between sets of images."""
+
+    data: str
+    """labeled images: cifar10, digits, or folder:PATH with PATH/train/CLASS and PATH/test/CLASS"""
+    out: Path
+    """the new file, NAME.safetensors"""
+    epochs: Int = None
+    """passes over the data"""
+    batch: Int = None
+    """images per step"""
+    lr: Float = None
+    """largest learning rate"""
+    seed: int = 0
+    """same seed, same weights"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision"""
+    device: Device = "auto"
+    """auto takes a CUDA device if there is one"""
+    offline: bool = False
+    """download nothing"""
+
+
+@dataclass(frozen=True)
 class Sample:
     """Draw from a trained model: a grid of images or a scatter plot, or raw numbers into a .npy file."""
 
@@ -95,6 +119,8 @@ class Sample:
     """paper: the method's own"""
     seed: int = 0
     """same seed, same samples"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision in the network, faster for wide networks and on GPUs"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
 
@@ -107,18 +133,34 @@ class Evaluate:
     """folder of the run, or a checkpoint file"""
     n: int = 1000
     """samples to compare"""
+    features: str = "auto"
+    """of images: cifar or digits (they ship), inception, none, or a file of train classifier; auto takes what ships"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: those of the run)")] = None
+    """what to compare with, for example folder:PATH after the folder has moved"""
     split: Literal["test", "train"] = "test"
     """the part of the data to compare with"""
     steps: int = 50
     """steps of ddim, euler and heun"""
     sampler: Sampler = "ddim"
     """paper: the method's own"""
+    samples: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy", help_behavior_hint="(default: draw)")] = None
+    """samples that were drawn before, with the command sample"""
+    floor: bool = False
+    """also the distances of training to test samples, for 250 to 10,000 of them"""
     bits: int = 8
-    """images for the bound in bits per dimension, each with as many network calls as the method has steps; 0: none"""
+    """images for bits per dimension, by the bound (as many network calls as steps) and by the flow; 0: none"""
+    tol: float = 1e-3
+    """tolerance of the flow for bits per dimension"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: mixed precision in the network while sampling"""
     seed: int = 0
     """same seed, same numbers"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: in RUN)")] = None
+    """where to write the numbers"""
+    inception_weights: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """file of the Inception network, where it cannot be downloaded"""
     offline: bool = False
     """download nothing"""
 
@@ -133,6 +175,14 @@ class Export:
     """the new file, NAME.safetensors"""
     precision: Literal["fp16", "fp32"] = "fp16"
     """of the weights: half takes half of the space"""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the loss of a run with that of a run that worked, at equal numbers of images seen."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run"""
 
 
 @dataclass(frozen=True)

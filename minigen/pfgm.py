@@ -151,7 +151,7 @@ class PFGM:
     def share(self, x: Tensor, i: int, parts: int) -> tuple[PFGM, Tensor]:
         """The ``i``-th of ``parts`` equal shares of a step: some of the points, all of the charges ``x``."""
         points = min(self.small_batch, len(x)) // parts
-        return replace(self, small_batch=points), x.roll(-i * points, 0)
+        return replace(self, small_batch=points), x.roll(-i * points, 0) if i else x
 
     # Reverse
 

@@ -134,7 +134,7 @@ class Trainer:
         if not self.net.training:
             self.net.train()
         self.optimizer.zero_grad()  # first, in case the last step was interrupted
-        x = next(self.batches).contiguous(memory_format=self._layout)
+        x = next(self.batches)
         for i, stream in self._streams.items():
             with stream, self.processes.together(self._parallel, i == max(self._streams)):
                 loss = self._loss_of_part(x, i) / len(self._streams)
@@ -153,7 +153,8 @@ class Trainer:
         if isinstance(self.method, Crowd):
             method, x = self.method.share(x, i, self.parts)
             return method.loss(self._call, x).mean()
-        return self.method.loss(self._call, x.chunk(self.parts)[i]).mean()
+        x = x.chunk(self.parts)[i].contiguous(memory_format=self._layout)
+        return self.method.loss(self._call, x).mean()
 
     def _call(self, x: Tensor, u: Tensor) -> Tensor:
         """The network, and only the network, in mixed precision."""

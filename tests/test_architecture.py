@@ -17,7 +17,8 @@ LAYER = {
     "nets": 2, "data": 2, "readout": 2,
     "dpm": 3, "ddpm": 3, "recipe": 3, "processes": 3, "log": 3, "evaluate": 3, "viz": 3,
     "methods": 4, "checkpoint": 4, "generate": 4, "options": 4,
-    "train": 5, "fit": 6, "commands": 7, "__main__": 8, "__init__": 8,
+    "train": 5, "compare": 5, "classifier": 5, "likelihood": 5, "fit": 6, "features": 6,
+    "commands": 7, "measure": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 ONLY_ABOVE = {"matplotlib": 3, "ipywidgets": 3, "accelerate": 3, "torchmetrics": 3, "tqdm": 3, "tyro": 4}
 

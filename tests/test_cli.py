@@ -86,6 +86,13 @@ def test_the_same_seed_draws_the_same_samples(digits, tmp_path):
     assert a.shape == (3, 1, 8, 8) and (a == b).all() and (a != c).any()
 
 
+def test_sampling_in_mixed_precision_gives_nearly_the_same_pictures(digits, tmp_path):
+    for kind in ("fp32", "bf16"):
+        ok("sample", digits, "--n", 3, "--steps", 3, "--precision", kind, "--out", tmp_path / f"{kind}.npy")
+    a, b = (np.load(tmp_path / f"{kind}.npy") for kind in ("fp32", "bf16"))
+    assert a.dtype == b.dtype == np.float32 and 0 < np.abs(a - b).mean() < 0.1
+
+
 def test_points_become_a_scatter_plot(modes, tmp_path):
     ok("sample", modes, "--n", 50, "--steps", 3, "--out", tmp_path / "points.png")
     assert (np.asarray(Image.open(tmp_path / "points.png"))[..., 0] < 255).sum() > 500
@@ -99,7 +106,7 @@ def test_evaluate_images(digits, capsys):
     first, second = ({k: v for k, v in r.items() if k != "seconds"} for r in results)
     assert first == second  # same seed, same numbers
     assert first["sliced_wasserstein"] > 2 * first["sliced_wasserstein_floor"] > 0
-    assert first["bits_per_dim"] > 1 and first["bits_per_dim_n"] == 2 and first["bits_per_dim_error"] > 0
+    assert first["bits_bound"] > 1 and first["bits_n"] == 2 and first["bits_bound_error"] > 0
     facts = {"n": 40, "n_data": 40, "split": "test", "weights": "EMA", "network_calls": 3, "trained_steps": 12}
     assert facts.items() <= first.items()
     assert "sliced_wasserstein_floor" in capsys.readouterr().out
@@ -108,7 +115,7 @@ def test_evaluate_images(digits, capsys):
 def test_evaluate_points(modes):
     ok("evaluate", modes, "--n", 500, "--steps", 5)
     result = json.loads((modes / "evaluate.json").read_text())
-    assert result["modes"] == 8 and len(result["mode_shares"]) == 8 and "bits_per_dim" not in result
+    assert result["modes"] == 8 and len(result["mode_shares"]) == 8 and "bits_bound" not in result
     assert abs(result["energy_distance_floor"]) < 0.02 < result["energy_distance"]
 
 
@@ -146,7 +153,7 @@ def test_ncsn(tmp_path, data):
         ok("sample", run, "--n", 3, "--steps", 4, "--sampler", sampler, "--out", tmp_path / f"{sampler}.npy")
         assert np.isfinite(np.load(tmp_path / f"{sampler}.npy")).all()
     ok("evaluate", run, "--n", 20, "--steps", 3, "--sampler", "paper")
-    assert "bits_per_dim" not in json.loads((run / "evaluate.json").read_text())  # it has no bound
+    assert "bits_bound" not in json.loads((run / "evaluate.json").read_text())  # it has no bound
     assert main(["train", "ncsn", "--resume", "--L", "7", "--out", str(run)]) == 2
 
 
@@ -369,7 +376,7 @@ def test_the_objective_of_2015_with_the_network_of_2020(tmp_path, data):
         ok("sample", run, "--n", 3, "--steps", 3, "--sampler", sampler, "--out", tmp_path / f"{sampler}.npy")
         assert np.isfinite(np.load(tmp_path / f"{sampler}.npy")).all()
     ok("evaluate", run, "--n", 20, "--steps", 3, "--bits", 2)
-    bits = json.loads((run / "evaluate.json").read_text()).get("bits_per_dim")
+    bits = json.loads((run / "evaluate.json").read_text()).get("bits_bound")
     assert (bits is not None) == (data == "digits")
 
 

@@ -67,6 +67,16 @@ def test_a_folder_of_many_formats_is_read_in_order(tmp_path):
     assert d.x[2, :, 0, 0].tolist() == [1, 2, 3] and d.x.is_contiguous()
 
 
+def test_subfolders_are_classes(tmp_path):
+    for split in ("train", "test"):
+        for name in ("b/x/1.png", "b/2.png", "a/3.png"):
+            save(tmp_path / split / name)
+    assert data.load(f"folder:{tmp_path}").labels.tolist() == [0, 1, 1]
+    assert data.load(f"folder:{tmp_path}", "test").labels.tolist() == [0, 1, 1]
+    save(tmp_path / "train" / "4.png")
+    assert data.load(f"folder:{tmp_path}").labels is None
+
+
 def test_train_and_test_folders_are_found(tmp_path):
     for split, color in (("train", 1), ("test", 2)):
         save(tmp_path / split / "0.png", color=(color,) * 3)

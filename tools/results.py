@@ -1,66 +1,232 @@
-"""Keep what a run gave:  python tools/results.py RUN NAME --hardware "..." --data "..."
+"""Keep what a run gave.
 
-Writes book/results/NAME.json (command, hardware, data, sizes, times, losses, curve) and book/results/NAME.png (64
-samples). The chapters read their numbers from there.
+  python tools/results.py run RUN NAME --hardware "..." --data "..." [--rows ddim:10 heun:10] [--n 1000]
+  python tools/results.py curve RUN NAME
+
+``run`` measures a run and writes book/results/NAME.json (commands, hardware, data, sizes, times, losses, distances by
+sampler and along the training, curve), NAME.png (64 samples) and NAME_training.png (8 samples at each snapshot). The
+chapters read their numbers from there. ``curve`` puts the log of a run into minigen/assets/curves.json, with which
+``python -m minigen compare`` compares. Neither takes a run that is not complete.
 """
+
 import argparse
-import csv
 import json
+import resource
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minigen import load  # noqa: E402
+from minigen import checkpoint, compare, load, log, nets  # noqa: E402
+from minigen.data import Dataset  # noqa: E402
 from minigen.generate import draw, picture  # noqa: E402
+from minigen.measure import measure  # noqa: E402
+from minigen.methods import METHODS  # noqa: E402
+from minigen.options import Evaluate  # noqa: E402
+from minigen.recipe import TrainConfig  # noqa: E402
+from minigen.train import Trainer  # noqa: E402
 
 PLACE = ROOT / "book" / "results"
-OPTIONS = ("steps", "minutes", "batch", "lr", "seed", "precision")
+DISTANCES = (
+    "n",
+    "split",
+    "weights",
+    "sampler",
+    "precision",
+    "network_calls",
+    "seconds",
+    "seed",
+    "features",
+    "features_of",
+)
 
 
-def command(config, data):
+def command(info):
     """The command line that gives this run; the path of a folder is left to the reader."""
-    train = {k: config["train"][k] for k in OPTIONS if config["train"][k] is not None}
-    words = [f"--{k} {v}" for k, v in {"width": config["net"]["width"], **train}.items()]
-    spec = "folder:PATH" if data["spec"].startswith("folder:") else data["spec"]
-    return f"python -m minigen train {config['method']} --data {spec} --out RUN {' '.join(words)}"
+    usual = {name: getattr(TrainConfig(), name) for name in ("accumulate", "grad_clip", "precision", "compile")}
+    names = ("steps", "minutes", "batch", "lr", "warmup", "decay", "ema", "seed", *usual)
+    train = {k: v for k in names if (v := info["train"].get(k)) is not None and v != usual.get(k, "")}
+    words = [f"--{k.replace('_', '-')} {v}" if v is not True else f"--{k}" for k, v in train.items()]
+    method = compare.points(info)
+    if method != info["train"]["batch"]:
+        words.append(f"--small-batch {method}")
+    spec = "folder:PATH" if info["data"]["spec"].startswith("folder:") else info["data"]["spec"]
+    return " ".join(
+        [f"python -m minigen train {info['method']} --data {spec} --out RUN --width {info['net']['width']}", *words]
+    )
 
 
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("run", type=Path)
-    ap.add_argument("name")
-    ap.add_argument("--hardware", required=True)
-    ap.add_argument("--data", required=True, help="what the data were, in words")
-    a = ap.parse_args()
-    run, config = load(a.run), json.loads((a.run / "config.json").read_text())
-    planned = config["train"]
-    if run.step < (planned["steps"] or 0) or run.seconds < 60 * (planned["minutes"] or 0):
-        sys.exit(f"{a.run} is not complete: continue it first")
-    with (a.run / "log.csv").open() as f:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    samples, calls = draw(run.method, run.net, (64, *run.shape), sampler="ddim", steps=50, seed=0)
+def complete(path):
+    """The description of a run, if it came to its end."""
+    _, info = checkpoint.read(path, with_tensors=False)
+    planned = info["train"]
+    if info["step"] < (planned["steps"] or 0) or info["seconds"] < 60 * (planned["minutes"] or 0):
+        sys.exit(f"{path} is not complete: continue it first")
+    return info
+
+
+def distance(path, sampler, steps, a, floor=False, bits=0, **more):
+    """What ``python -m minigen evaluate`` gives."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "numbers.json"
+        words = {
+            "n": a.n,
+            "sampler": sampler,
+            "steps": steps,
+            "bits": bits,
+            "floor": floor,
+            "precision": a.precision,
+            **more,
+        }
+        measure(Evaluate(run=path, device=a.device, out=out, **words))
+        return json.loads(out.read_text())
+
+
+def row(numbers):
+    """The part of them that belongs to one sampler."""
+    parts = ("frechet_", "precision_", "recall_")
+    return {k: v for k, v in numbers.items() if k in DISTANCES or (k.startswith(parts) and not k.endswith("_curve"))}
+
+
+def training(path, a):
+    """Distance and samples at each snapshot of the training."""
+    rows, pictures = [], []
+    for file in sorted((path / "snapshots").glob("*.safetensors")):
+        run = load(file, a.device)
+        numbers = distance(file, *a.rows[0], a)
+        rows.append({"step": run.step, "seconds": round(run.seconds, 1), **row(numbers)})
+        choice = {
+            "sampler": a.rows[0][0],
+            "steps": a.rows[0][1],
+            "seed": 1,
+            "device": a.device,
+            "precision": a.precision,
+        }
+        pictures.append(draw(run.method, run.net, (8, *run.shape), **choice)[0])
+    return rows, pictures
+
+
+def memory(info, batch, device):
+    """Peak memory of two training steps in GB, in a process of its own: of the card, or of the whole process."""
+    words = [sys.executable, __file__, "memory", info["method"], device, str(info["net"]["width"]), str(batch)]
+    done = subprocess.run([*words, info["train"]["precision"]], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def measure_memory(a):
+    """What ``memory`` runs."""
+    method = METHODS[a.method]()
+    if hasattr(method, "small_batch"):
+        method = replace(method, small_batch=a.batch)
+    config = TrainConfig(steps=2, batch=max(a.batch, getattr(method, "large_batch", 0)), precision=a.precision)
+    data = Dataset("noise", torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8), 256, True)
+    net = nets.build(nets.preset(data.shape, method.out_channels(3), a.width))
+    for _ in Trainer(method, net, data, config, a.device):
+        pass
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if a.device == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print(f"{peak / 1e9:.2f}")
+
+
+def keep_run(a):
+    """Measure and write."""
+    info, run = complete(a.run), load(a.run, a.device)
+    per_step = compare.points(info)
+    rows = log.read(a.run / "log.csv")
+    a.rows = [(name, int(steps)) for name, steps in (word.split(":") for word in a.rows)]
+    numbers = [distance(a.run, *a.rows[0], a, floor=True)]
+    numbers += [distance(a.run, *sampler, a) for sampler in a.rows[1:]]
+    bits = distance(a.run, *a.rows[0], a, n=16, bits=a.bits, features="none") if a.bits else {}
+    name = f"frechet_{numbers[0]['features']}"
+    best = a.rows[min(range(len(a.rows)), key=lambda i: numbers[i][name])]
+    choice = {"sampler": best[0], "steps": best[1], "seed": 0, "device": a.device, "precision": a.precision}
+    samples, calls = draw(run.method, run.net, (64, *run.shape), **choice)
     PLACE.mkdir(exist_ok=True)
     picture(samples, PLACE / f"{a.name}.png")
+    along, pictures = training(a.run, a)
+    if pictures:
+        picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
     result = {
-        "command": command(config, config["data"]),
+        "command": command(info),
+        "evaluate": f"python -m minigen evaluate RUN --n {a.n} --sampler S --steps K --precision {a.precision} --bits 0",
+        "method": info["method"],
         "hardware": a.hardware,
         "data": a.data,
-        "images": config["data"]["n"],
+        "images": info["data"]["n"],
         "weights": sum(p.numel() for p in run.net.parameters()),
         "steps": run.step,
-        "batch": config["train"]["batch"],
+        "batch": info["train"]["batch"],
+        "images_per_step": per_step,
+        "images_seen": run.step * per_step,
         "minutes": run.seconds / 60,
         "images_per_second": median(r["images_per_s"] for r in rows),
         "loss_first": fmean(r["loss"] for r in rows if r["step"] <= 100),
-        "loss_last": fmean(r["loss"] for r in rows if r["step"] > run.step - 500),
-        "sampler": f"ddim, {calls:.0f} evaluations, EMA weights, seed 0",
+        "loss_last": fmean(r["loss"] for r in rows if r["step"] > run.step - min(500, run.step // 5)),
+        "sampler": f"{best[0]}, {calls:g} evaluations, EMA weights, seed 0",
+        "distances": [row(n) for n in numbers],
+        "floor_curve": {k: v for k, v in numbers[0].items() if k.endswith("_floor_curve")},
+        "bits": {k: v for k, v in bits.items() if k.startswith("bits_")},
+        "training": along,
+        "memory_gb": {str(b): memory(info, b, a.device) for b in a.memory},
         "curve": [[int(r["step"]), round(r["loss"], 5)] for r in rows],
     }
     (PLACE / f"{a.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "curve"}, indent=1))
+
+
+def keep_curve(a):
+    """At most 100 records, each the mean of equally many neighbors."""
+    info, curve = complete(a.run), compare.read(a.run)
+    k = -(-len(curve.loss) // 100)
+    ends = range(k - 1, len(curve.loss), k)
+    kept = {
+        "info": info | {"data": {**info["data"], "spec": info["data"]["spec"].partition(":")[0]}},
+        "images": [curve.images[i] for i in ends],
+        "loss": [round(fmean(curve.loss[i - k + 1 : i + 1]), 5) for i in ends],
+    }
+    known = json.loads(compare.CURVES.read_text()) if compare.CURVES.exists() else {}
+    known[a.name] = kept
+    lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
+    compare.CURVES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = ap.add_subparsers(required=True)
+    for name, do in (("run", keep_run), ("curve", keep_curve)):
+        sub = words.add_parser(name)
+        sub.add_argument("run", type=Path)
+        sub.add_argument("name")
+        sub.set_defaults(do=do)
+        if name == "run":
+            sub.add_argument("--hardware", required=True)
+            sub.add_argument("--data", required=True, help="what the data were, in words")
+            sub.add_argument("--rows", nargs="+", default=["ddim:10", "ddim:20", "heun:10"], help="SAMPLER:STEPS")
+            sub.add_argument("--n", type=int, default=1000)
+            sub.add_argument("--bits", type=int, default=0)
+            sub.add_argument(
+                "--memory", nargs="*", type=int, default=[], help="batch sizes of which to measure the memory"
+            )
+            sub.add_argument(
+                "--precision", default="fp32", choices=["fp32", "bf16"], help="of the network while sampling"
+            )
+            sub.add_argument("--device", default="cpu")
+    sub = words.add_parser("memory")
+    for name, kind in (("method", str), ("device", str), ("width", int), ("batch", int), ("precision", str)):
+        sub.add_argument(name, type=kind)
+    sub.set_defaults(do=measure_memory)
+    a = ap.parse_args()
+    a.do(a)
 
 
 if __name__ == "__main__":

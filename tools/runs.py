@@ -1,0 +1,78 @@
+"""All models on one kind of data, with one network and one budget:
+
+  python tools/runs.py OUT --data cifar10 --words "CIFAR-10" --hardware "one H200" --tag h200 --minutes 9 --device cuda
+  python tools/runs.py OUT --data folder:PATH --words "..." --hardware "one core" --tag cpu -- --steps 1800 --width 32
+
+For each method: train in OUT/METHOD (a run that is there is continued, a complete one is left alone), measure it
+(tools/results.py run: book/results/cifar10_METHOD_TAG.json and pictures), keep its curve for ``compare`` and export its
+weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer. Run it again after an interruption.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("ddpm", "pfgm", "ncsn", "dpm", "pfgmpp")
+ROWS = {"ncsn": ["ddim:10", "ddim:20", "ddim:50"]}
+USUAL = ["ddim:10", "ddim:20", "ddim:50", "heun:10"]
+
+
+def run(*words):
+    """One command; its failure ends everything."""
+    words = [sys.executable, *map(str, words)]
+    print("+", *words[1:], flush=True)
+    subprocess.run(words, cwd=ROOT, check=True)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("out", type=Path)
+    ap.add_argument("--data", required=True)
+    ap.add_argument("--words", required=True, help="what the data are, in words")
+    ap.add_argument("--hardware", required=True)
+    ap.add_argument("--tag", required=True)
+    ap.add_argument("--minutes", type=float, help="of training for each method")
+    ap.add_argument("--n", type=int, default=1000, help="samples to measure")
+    ap.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    ap.add_argument("--memory", nargs="*", type=int, default=[8, 32, 128])
+    ap.add_argument("--bits", type=int, default=0)
+    ap.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the network while sampling")
+    ap.add_argument("--device", default="cpu")
+    ap.add_argument("--train-only", action="store_true")
+    ap.add_argument("train", nargs="*", help="options for the trainer, after --")
+    a = ap.parse_args()
+    out = a.out.resolve()
+    for method in a.methods:
+        place = out / method
+        if (place / "checkpoint.safetensors").exists():
+            run("-m", "minigen", "train", method, "--out", place, "--resume", "--data", a.data, "--device", a.device)
+        else:
+            budget = ["--minutes", a.minutes] if a.minutes else []
+            words = ["--recipe", "fast", "--snapshots", 5, "--data", a.data, "--device", a.device, *budget, *a.train]
+            run("-m", "minigen", "train", method, "--out", place, *words)
+    for method in () if a.train_only else a.methods:
+        name, what = (
+            f"cifar10_{method}_{a.tag}",
+            ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits],
+        )
+        rows = [
+            "--rows",
+            *ROWS.get(method, USUAL),
+            "--memory",
+            *a.memory,
+            "--device",
+            a.device,
+            "--precision",
+            a.precision,
+        ]
+        run("tools/results.py", "run", out / method, name, *what, *rows)
+        run("tools/results.py", "curve", out / method, name)
+        weights = out / f"{method}.safetensors"
+        weights.unlink(missing_ok=True)
+        run("-m", "minigen", "export", out / method, weights)
+
+
+if __name__ == "__main__":
+    main()
