@@ -103,13 +103,13 @@ class Ours:
 
             return g
 
-        clip, adam, ema = torch.nn.utils.clip_grad_norm_, t.optimizer.step, t.ema.update
-        torch.nn.utils.clip_grad_norm_, t.optimizer.step = timed("clip", clip), timed("adam", adam)
+        clip, adam, ema = t._clip, t.optimizer.step, t.ema.update
+        t._clip, t.optimizer.step = timed("clip", clip), timed("adam", adam)
         t.ema.update = timed("ema", ema)
         try:
             whole = clock(t._update, sync)
         finally:
-            torch.nn.utils.clip_grad_norm_, t.optimizer.step, t.ema.update = clip, adam, ema
+            t._clip, t.optimizer.step, t.ema.update = clip, adam, ema
         parts["log"] = clock(lambda: self.log.add(t._record(), 1.0, 1.0), sync) / t.config.log_every
         return whole + parts["log"], parts
 
