@@ -79,8 +79,7 @@ def fit(
         save_minutes: minutes between two checkpoints.
         snapshots: points of the run at which the averaged weights are kept.
 
-    Returns:
-        The exit code: 0, or 128 + the number of the signal.
+    Returns the exit code: 0, or 128 + the number of the signal.
     """
     if trainer.progress >= 1:
         print(f"{out} is complete at step {trainer.step}: give a larger --steps or --minutes to go on")
@@ -95,24 +94,29 @@ def fit(
     with Signals() as signals, Report(trainer, out) as report:
         for record in trainer.steps():
             report.step(record)
-            if grids.passed(trainer.progress) or (sample_every and trainer.step % sample_every == 0):
+            if grids.passed(trainer.progress) or _multiple(trainer.step, sample_every):
                 report.grid()
             if kept.passed(trainer.progress):
                 trainer.export(out / "snapshots" / f"step-{trainer.step:06d}.safetensors")
             ask = here.world == 1 or record is not None  # several processes agree, which costs time, only now and then
             stop = ask and here.any(signals.caught > 0)
             old = ask and here.any(time.monotonic() - saved > 60 * save_minutes)
-            if stop or old or trainer.progress >= 1 or (save_every and trainer.step % save_every == 0):
+            if stop or old or trainer.progress >= 1 or _multiple(trainer.step, save_every):
                 trainer.save(file)
                 saved = time.monotonic()
             if stop:
                 break
-    if here.rank == 0:
-        _farewell(trainer, out)
+    _farewell(trainer, out)
     return 128 + (signals.caught or signal.SIGINT) if trainer.progress < 1 else 0
 
 
+def _multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def _farewell(trainer: Trainer, out: Path) -> None:
+    if trainer.processes.rank > 0:
+        return
     if trainer.progress >= 1:
         print(f"{out / checkpoint.NAME}: {trainer.step} steps in {trainer.seconds:.0f} s")
         return

@@ -42,30 +42,31 @@ def draw(
         steps: noise levels of ``ddim``, ``euler`` and ``heun``.
         seed: same seed, same samples.
         device: where to draw.
-        precision: ``bf16`` runs the network, and nothing else, in mixed precision, as training may.
+        precision: ``bf16`` runs the network in mixed precision.
 
     Raises:
         ValueError: if ``n`` is not positive or the method does not have this sampler.
     """
-    n, *d = shape
+    (n, *d), calls = shape, 0
     if n < 1:
         raise ValueError(f"--n must be positive, got {n}")
-    calls, kind = 0, torch.device(device).type
 
     def counted(x: Tensor, u: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        if precision == "fp32":
-            return net(x, u)
-        with torch.autocast(kind, torch.bfloat16):
-            return net(x, u).to(x.dtype)
+        return net(x, u) if precision == "fp32" else _mixed(net, x, u)
 
-    numbers = 2**18 if kind == "cpu" else 2**20  # at a time: what fits into memory
-    sizes = [len(part) for part in torch.empty(n).split(max(1, numbers // prod(d)))]
+    at_once = max(1, (2**18 if torch.device(device).type == "cpu" else 2**20) // prod(d))  # what fits into memory
+    sizes = [len(part) for part in torch.empty(n).split(at_once)]
     with torch.no_grad(), seeded(seed):
         bar = tqdm(sizes, desc="sampling", unit="batch", leave=False, disable=len(sizes) == 1)
-        parts = [_draw(method, counted, (size, *d), sampler, steps, device).cpu() for size in bar]
-    return torch.cat(parts), calls / len(sizes)
+        x = torch.cat([_draw(method, counted, (size, *d), sampler, steps, device).cpu() for size in bar])
+    return x, calls / len(sizes)
+
+
+def _mixed(net: Net, x: Tensor, u: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return net(x, u).to(x.dtype)
 
 
 def _draw(method: Any, net: Net, shape: Sequence[int], sampler: str, steps: int, device: torch.device | str) -> Tensor:

@@ -140,13 +140,20 @@ class Trainer:
                 loss = self._loss_of_part(x, i) / len(self._streams)
                 loss.backward()
             self._loss += loss.detach()
-        self._norm = torch.nn.utils.clip_grad_norm_(self._weights, self.config.grad_clip)
+        self._norm = self._clip()
         self._lr = self.config.rate(self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
         self.optimizer.step()
         self.ema.update()
         self.step, self._count = self.step + 1, self._count + 1
+
+    def _clip(self) -> Tensor:
+        """Scale the gradient down to the largest norm allowed; returns the norm it had."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._weights if p.grad is not None])
+        if self.device.type != "cpu" or norm > self.config.grad_clip:  # a GPU must not wait for the number
+            torch.nn.utils.clip_grads_with_norm_(self._weights, self.config.grad_clip, norm)
+        return norm
 
     def _loss_of_part(self, x: Tensor, i: int) -> Tensor:
         """The mean loss of the ``i``-th part of the batch ``x``."""
