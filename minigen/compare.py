@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,12 +41,12 @@ class Curve:
         """Mean loss, and its standard error, over the last fifth before ``images`` were seen.
 
         Raises:
-            ValueError: if there is no record in it.
+            ValueError: if there are fewer than three records in it.
         """
         inside = [y for x, y in zip(self.images, self.loss, strict=True) if 0.8 * images <= x <= images]
-        if not inside:
-            raise ValueError(f"no record between {0.8 * images:.0f} and {images:.0f} images: use a smaller --log-every")
-        return fmean(inside), stdev(inside) / sqrt(len(inside)) if len(inside) > 2 else inf
+        if len(inside) < 3:
+            raise ValueError(f"too few records before {images:.0f} images: use a smaller --log-every")
+        return fmean(inside), stdev(inside) / sqrt(len(inside))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 from copy import deepcopy
 from dataclasses import asdict
-from math import inf
 
 import pytest
 
@@ -29,7 +28,7 @@ def curve(scale=1.0, wiggle=0.0, n=100, **train):
 
 def test_a_run_like_the_reference_is_on_track():
     rows = compare(curve(1.03), curve())
-    assert [r.images for r in rows] == [2000, 4000, 8000, 16000, 32000]
+    assert [r.images for r in rows] == [4000, 8000, 16000, 32000]  # before, there are too few records to judge
     assert all(r.ok and r.ratio == pytest.approx(0.03) for r in rows) and not causes(curve(1.03), curve(), rows)
 
 
@@ -74,7 +73,8 @@ def test_the_reference_has_the_same_method_and_data_and_the_nearest_width(tmp_pa
 def test_short_logs_are_refused():
     with pytest.raises(ValueError, match="no stretch in common"):
         compare(Curve(INFO, [1e9], [1.0]), curve())
-    assert curve().around(32000)[1] < inf
+    with pytest.raises(ValueError, match="too few records"):
+        curve().around(700)
 
 
 def test_every_shipped_reference_is_on_track_with_itself():
@@ -92,8 +92,8 @@ def test_every_shipped_reference_is_on_track_with_itself():
 
 def test_the_command_tells_a_wrong_learning_rate(tmp_path, capsys):
     run = tmp_path / "run"
-    words = ["train", "ddpm", "--data", "digits", "--width", "8", "--batch", "16", "--log-every", "1"]
-    assert main([*words, "--steps", "40", "--lr", "1e-7", "--device", "cpu", "--out", str(run)]) == 0
+    words = ["train", "ddpm", "--data", "digits", "--width", "8", "--batch", "256", "--log-every", "1"]
+    assert main([*words, "--steps", "50", "--lr", "1e-7", "--device", "cpu", "--out", str(run)]) == 0
     assert main(["compare", str(run)]) == 0
     said = capsys.readouterr().out
     assert "off track; likely: lr is 1e-07, there it is" in said and "reference: ddpm_digits" in said
