@@ -179,7 +179,7 @@ def test_a_time_budget(tmp_path):
 
 BAD = [
     ("", "COMMAND"),
-    ("trian ddpm", "unknown command 'trian': use train, sample, evaluate, export or plot"),
+    ("trian ddpm", "unknown command 'trian': use train, sample, evaluate, compare, export or plot"),
     ("train", "which method\\?"),
     ("train ddpn --data digits --out RUN", "unknown method 'ddpn'"),
     ("train ddpm --data digits", "--out"),
