@@ -94,14 +94,18 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) ->
 def export(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any], kind: torch.dtype) -> None:
     """Write the averaged weights among ``tensors``, as numbers of the given ``kind``: enough to sample from.
 
+    Of a folder of images only the name is kept: the file is made to be shared.
+
     Raises:
         ValueError: if one of them does not fit.
     """
     kept = {name: tensor.to(kind) for name, tensor in tensors.items() if name.startswith("ema.")}
     if not all(tensor.isfinite().all() for tensor in kept.values()):
         raise ValueError("a weight is too large for half precision, or not a number: try --precision fp32")
+    kind_of_data, colon, place = info["data"]["spec"].partition(":")
+    spec = f"{kind_of_data}{colon}{Path(place).name}"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(path, kept, info)
+    write(path, kept, info | {"data": {**info["data"], "spec": spec}})
 
 
 def read(path: str | Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

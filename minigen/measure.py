@@ -73,7 +73,7 @@ def _drawn(o: options.Evaluate, run: checkpoint.Run, device: torch.device) -> tu
         x, calls = generate.draw(run.method, run.net, (o.n, *run.shape), **choice)
         how = {
             "sampler": o.sampler,
-            "precision": o.precision,
+            "arithmetic": o.precision,
             "network_calls": calls,
             "seconds": round(time.monotonic() - began, 2),
         }

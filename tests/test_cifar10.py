@@ -6,12 +6,12 @@ from math import log, log2, pi, sqrt
 
 import pytest
 import torch
-from minigen.likelihood import dequantize
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigen import features, nets, samplers, seeded
 from minigen.evaluate import frechet_distance
+from minigen.likelihood import dequantize
 from minigen.train import Ema
 
 F64 = torch.float64

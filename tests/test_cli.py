@@ -380,6 +380,18 @@ def test_the_objective_of_2015_with_the_network_of_2020(tmp_path, data):
     assert (bits is not None) == (data == "digits")
 
 
+def test_export_tells_nobody_where_the_images_lay(tmp_path):
+    place = tmp_path / "private" / "photos" / "train"
+    place.mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * i, dtype=np.uint8)).save(place / f"{i}.png")
+    run, file = tmp_path / "run", tmp_path / "a.safetensors"
+    ok("train", "ddpm", "--data", f"folder:{place.parent}", "--steps", 2, "--out", run, *SMALL)
+    ok("export", run, file)
+    assert minigen.load(run).data == f"folder:{place.parent}" and minigen.load(file).data == "folder:photos"
+    assert b"private" not in file.read_bytes()
+
+
 def test_export_keeps_what_sampling_needs(tmp_path, capsys):
     run, small, full = tmp_path / "run", tmp_path / "new" / "a.safetensors", tmp_path / "b.safetensors"
     ok("train", "ddpm", "--data", "two_modes", "--out", run, *FEW)

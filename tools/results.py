@@ -39,7 +39,7 @@ DISTANCES = (
     "split",
     "weights",
     "sampler",
-    "precision",
+    "arithmetic",
     "network_calls",
     "seconds",
     "seed",
