@@ -158,7 +158,7 @@ def keep_run(a):
         picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
     result = {
         "command": command(info),
-        "evaluate": "python -m minigen evaluate RUN "
+        "evaluate": "python -m minigen evaluate RUN"
         f" --n {a.n} --sampler S --steps K --precision {a.precision} --bits 0",
         "method": info["method"],
         "hardware": a.hardware,
