@@ -1,6 +1,7 @@
 """The command that compares samples of a trained model with data: distances, their floors, bits per dimension.
 
-Every distance stands beside its floor, the distance that true samples have: those of the other split, as many. Keys of
+Every distance stands beside its floor, the distance that true samples have: those of the other split, as
+many if there are so many. Keys of
 results carry the name of the features they were measured with.
 """
 
@@ -167,6 +168,8 @@ def _bits(run: checkpoint.Run, o: options.Evaluate, true: Tensor) -> dict[str, A
 def _tell(result: dict[str, Any], kind: features.Features | None) -> None:
     for name, value in result.items():
         print(f"{name:30} {value:.4g}" if isinstance(value, float) else f"{name:30} {value}")
+    if result["n_floor"] != result["n"]:
+        print(f"WARNING: the floor is that of {result['n_floor']:,} samples, not {result['n']:,}: too high")
     n = min(result["n"], result["n_data"])
     if kind and n < ENOUGH:
         print(

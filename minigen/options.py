@@ -36,7 +36,7 @@ class Train(Generic[M]):
     batch: Int = None
     """samples per step, over all processes (pfgm: the charges)"""
     accumulate: Int = None
-    """parts into which a step is cut to need less memory; the result is the same"""
+    """parts into which a step is cut to need less memory: the same batch, other noise"""
     width: Int = None
     """hidden units, or channels at full resolution"""
     dropout: Float = None

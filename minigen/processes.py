@@ -43,9 +43,7 @@ def enough_memory() -> Iterator[None]:
     except RuntimeError as e:  # of which torch.OutOfMemoryError is one; on the CPU only the words tell it
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
-        how = (
-            "cut the step with a larger --accumulate (the training stays the same), or use a smaller --batch or --width"
-        )
+        how = "cut the step with a larger --accumulate (the same batch in parts), or use a smaller --batch or --width"
         raise RuntimeError(f"out of memory: {how}") from e
 
 

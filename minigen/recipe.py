@@ -23,7 +23,8 @@ class TrainConfig:
         steps: updates, in the whole run; ``None`` if only time counts.
         minutes: time budget of the whole run; the learning rate then follows the time.
         batch: samples per step, over all processes.
-        accumulate: parts into which each process cuts its share of a step, to need less memory; the result is the same.
+        accumulate: parts into which each process cuts its share of a step, to need less memory;
+            the batch stays the same, the noise does not.
         lr: learning rate of Adam.
         warmup: steps in which it rises from 0 (with a time budget: the first 5 %).
         decay: what it does then: stay, or fall to 0 along a cosine (with a time budget: always).
