@@ -51,7 +51,7 @@ def _new(o: options.Train[Method]) -> Trainer:
             method = replace(method, small_batch=config.batch)
         config = replace(config, batch=method.large_batch)
     config = replace(config, **given)
-    net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), o.width, o.dropout)
+    net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), **_net(o))
     with seeded(config.seed):
         net = nets.build(net_config)
     return Trainer(method, net, data, config, o.device)
@@ -66,8 +66,8 @@ def _continued(o: options.Train[Method]) -> Trainer:
     method = checkpoint.construct_method(info, METHODS, o.out)
     net_config = checkpoint.construct(nets.NetConfig, info["net"], o.out)
     config = checkpoint.construct(TrainConfig, info["train"], o.out)
-    before = asdict(config) | {"width": net_config.width, "dropout": net_config.dropout}
-    for name, value in (_given(o) | {"width": o.width, "dropout": o.dropout}).items():
+    before = asdict(net_config) | asdict(config)
+    for name, value in (_given(o) | _net(o)).items():
         if name not in ("steps", "minutes", "accumulate") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
@@ -168,3 +168,8 @@ def plot(o: options.Plot) -> int:
 
     print(log.plot(Path(o.run)))
     return 0
+
+
+def _net(o: options.Train[Method]) -> dict[str, Any]:
+    """What the command line says about the network; ``None`` where it is silent."""
+    return {name: getattr(o, name) for name in ("width", "dropout", "groups")}

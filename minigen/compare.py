@@ -162,6 +162,7 @@ def causes(run: Curve, other: Curve, rows: list[Row]) -> list[str]:
         found.append("the loss rises again: a smaller --lr, or --grad-clip 1")
     settings = {name: (mine["train"][name], theirs["train"][name]) for name in ("lr", "grad_clip", "precision")}
     settings |= {name: (mine["net"][name], theirs["net"][name]) for name in ("width", "blocks", "dropout")}
+    settings["groups"] = tuple(net.get("groups", 32) for net in (mine["net"], theirs["net"]))
     found += [f"{name} is {a}, there it is {b}" for name, (a, b) in settings.items() if a != b]
     n = mine["data"]["n"]
     if last.ratio < 0 and n < theirs["data"]["n"] / 2:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def norm(c: int) -> nn.GroupNorm:
-    """Group normalization with 32 groups, or as many as divide ``c``."""
-    return GroupNorm(gcd(32, c), c, eps=1e-6)
+def norm(c: int, groups: int = 32) -> nn.GroupNorm:
+    """Group normalization with so many groups, or as many of them as divide ``c``.
+
+    A group of one channel loses the mean of that channel, and with all of them the color of the picture.
+    """
+    return GroupNorm(gcd(groups, c), c, eps=1e-6)
 
 
 class GroupNorm(nn.GroupNorm):

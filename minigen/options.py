@@ -41,6 +41,8 @@ class Train(Generic[M]):
     """hidden units, or channels at full resolution"""
     dropout: Float = None
     """probability in each residual block"""
+    groups: Int = None
+    """groups of channels that are normalized together"""
     lr: Float = None
     """learning rate of Adam"""
     warmup: Int = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from minigen.layers import Dropout, norm
 from minigen.nets import Attention, NetConfig, build, clock_embedding, preset
@@ -31,6 +32,27 @@ def test_any_size_keeps_the_contract(shape, width):
         assert torch.allclose(net(x[:1], u[:1]), net(x, u)[:1], atol=1e-5)
     if len(shape) == 1:
         assert out.abs().max() == 0  # the MLP starts from zero
+
+
+@pytest.mark.parametrize(("side", "width"), [(32, 128), (32, 64), (32, 32), (32, 12), (32, 4), (16, 64), (16, 8)])
+def test_no_group_is_so_small_that_it_loses_the_color(side, width):
+    config = preset((3, side, side), 3, width)
+    groups = [m for m in build(config).modules() if isinstance(m, nn.GroupNorm)]
+    assert groups and all(m.num_channels >= 4 * m.num_groups for m in groups)
+
+
+@pytest.mark.parametrize("groups", [8, 32])
+def test_a_group_of_one_channel_hides_the_color(groups):
+    """Two pictures that differ by a color only: behind the last norm their channels have other means, or the same."""
+    net = build(preset((3, 32, 32), 3, 32, groups=groups)).eval()
+    x, color = torch.randn(2, 3, 32, 32), torch.tensor([0.5, -0.5, 0.0])[:, None, None]
+    means = []
+    net.leave[0].register_forward_hook(lambda module, inputs, out: means.append(out.mean((2, 3))))
+    with torch.no_grad():
+        for pictures in (x, x + color):
+            net(pictures, torch.zeros(2))
+    difference = float((means[1] - means[0]).abs().max())
+    assert difference > 0.1 if groups == 8 else difference < 1e-5
 
 
 def test_gradients_reach_every_parameter():

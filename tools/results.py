@@ -57,6 +57,9 @@ def command(info):
     method = compare.points(info)
     if method != info["train"]["batch"]:
         words.append(f"--small-batch {method}")
+    net = info["net"]
+    if (groups := net.get("groups", 32)) != nets.preset(tuple(net["shape"]), net["out"], net["width"]).groups:
+        words.append(f"--groups {groups}")
     spec = "folder:PATH" if info["data"]["spec"].startswith("folder:") else info["data"]["spec"]
     return " ".join(
         [f"python -m minigen train {info['method']} --data {spec} --out RUN --width {info['net']['width']}", *words]
