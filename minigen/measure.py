@@ -1,8 +1,7 @@
 """The command that compares samples of a trained model with data: distances, their floors, bits per dimension.
 
-Every distance stands beside its floor, the distance that true samples have: those of the other split, as
-many if there are so many. Keys of
-results carry the name of the features they were measured with.
+Every distance stands beside its floor, the distance that true samples have: those of the other split, as many if there
+are so many. Keys of results carry the name of the features they were measured with.
 """
 
 from __future__ import annotations

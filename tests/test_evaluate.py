@@ -61,31 +61,6 @@ def test_modes_are_counted():
     assert float(evaluate.mode_coverage(uneven.sample(20_000), uneven).shares[0]) == pytest.approx(0.2, abs=0.02)
 
 
-def moments(n, mean, std):
-    """Samples whose mean and covariance are exactly diag(std**2)."""
-    x = torch.randn(n, len(mean), dtype=torch.float64)
-    x = x - x.mean(0)
-    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
-    return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
-
-
-def test_frechet_distance_of_gaussians():
-    a, b = moments(400, [0.0, 0, 0], [1.0, 2, 3]), moments(300, [1.0, 0, 2], [2.0, 2, 1])
-    # |mean|**2 = 5, and for commuting covariances the rest is the sum of (std_a - std_b)**2
-    assert evaluate.frechet_distance(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    few = torch.randn(5, 20)  # fewer samples than features: singular covariances
-    assert evaluate.frechet_distance(few, few + 1) == pytest.approx(20, rel=1e-6)
-
-
-def test_frechet_distance_agrees_with_the_square_root_of_the_product():
-    a, b = torch.randn(500, 6) @ torch.randn(6, 6), torch.randn(400, 6) @ torch.randn(6, 6) + 1
-    ca, cb = a.double().T.cov(), b.double().T.cov()
-    root = scipy.linalg.sqrtm((ca @ cb).numpy()).real.trace()
-    expected = (a.double().mean(0) - b.double().mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root
-    assert evaluate.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
-
-
 def test_bits_per_dim_is_the_mean_of_the_bound():
     method, x = DDPM(T=5), torch.rand(6, 1, 4, 4) * 2 - 1
     net = lambda x_t, u: torch.zeros_like(x_t)

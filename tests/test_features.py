@@ -42,21 +42,30 @@ def exact(n, mean, std):
     return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
 
 
-def test_frechet_distance_of_gaussians():
+DISTANCES = pytest.mark.parametrize("frechet", [evaluate.frechet_distance, features.frechet])
+
+
+@DISTANCES
+def test_frechet_distance_of_gaussians(frechet):
     a, b = exact(400, [0.0, 0, 0], [1.0, 2, 3]), exact(300, [1.0, 0, 2], [2.0, 2, 1])
     # |mean|**2 = 5, and for commuting covariances the rest is the sum of (std_a - std_b)**2
-    assert features.frechet(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
-    assert features.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert features.frechet(a + 1e6, b + 1e6) == pytest.approx(10, rel=1e-3)  # far from 0, in float64
+    assert frechet(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a + 1e6, b + 1e6) == pytest.approx(10, rel=1e-3)  # far from 0, in float64
 
 
-def test_frechet_distance_agrees_with_the_square_root_of_the_product():
+@DISTANCES
+def test_frechet_distance_agrees_with_the_square_root_of_the_product(frechet):
     a, b = torch.randn(500, 6) @ torch.randn(6, 6), torch.randn(400, 6) @ torch.randn(6, 6) + 1
     ca, cb = a.double().T.cov(), b.double().T.cov()
     root = scipy.linalg.sqrtm((ca @ cb).numpy()).real.trace()
     expected = (a.double().mean(0) - b.double().mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root
-    assert features.frechet(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert features.frechet(a, b) == pytest.approx(evaluate.frechet_distance(a, b), rel=1e-9)
+    assert frechet(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_frechet_distance_of_few_samples():
+    few = torch.randn(5, 20)  # fewer samples than features: singular covariances
+    assert evaluate.frechet_distance(few, few + 1) == pytest.approx(20, rel=1e-6)
 
 
 def test_precision_and_recall_of_a_case_that_can_be_counted():
