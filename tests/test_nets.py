@@ -42,17 +42,19 @@ def test_no_group_is_so_small_that_it_loses_the_color(side, width):
 
 
 @pytest.mark.parametrize("groups", [8, 32])
-def test_a_group_of_one_channel_hides_the_color(groups):
-    """Two pictures that differ by a color only: behind the last norm their channels have other means, or the same."""
+def test_a_group_of_one_channel_hides_the_color_and_the_clock(groups):
     net = build(preset((3, 32, 32), 3, 32, groups=groups)).eval()
-    x, color = torch.randn(2, 3, 32, 32), torch.tensor([0.5, -0.5, 0.0])[:, None, None]
     means = []
     net.leave[0].register_forward_hook(lambda module, inputs, out: means.append(out.mean((2, 3))))
     with torch.no_grad():
-        for pictures in (x, x + color):
-            net(pictures, torch.zeros(2))
-    difference = float((means[1] - means[0]).abs().max())
+        nn.init.xavier_uniform_(net.down[0].last.weight)  # it starts near 0
+        for color in (0.0, 0.5):
+            net(torch.randn(2, 3, 32, 32) + color, torch.zeros(2))
+        x, (one, other) = torch.randn(1, 32, 32, 32), torch.randn(2, 1, 128)
+        seen = (net.down[0](x, one) - net.down[0](x, other)).abs().max()  # the embedding of two times
+    difference = (means[1] - means[0]).abs().max()
     assert difference > 0.1 if groups == 8 else difference < 1e-5
+    assert seen > 1e-3 if groups == 8 else seen < 1e-6
 
 
 def test_gradients_reach_every_parameter():

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from minigen.__main__ import main
+from tools import results as keep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"
@@ -122,3 +128,25 @@ And 77.7 is outside.
     assert strays(found, [1800.0, 0.03461], set()) == ["17.42"]
     assert strays(found, [17.4249, 1800.0, 0.03461], set()) == []
     assert strays(found, [1800.0, 0.0361], {"17.42"}) == ["0.035"]
+
+
+def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
+    """Snapshots name no path, so the tool must: run, distances along the training, pictures, curve."""
+    for split in ("train", "test"):
+        for k, gray in enumerate(torch.randint(0, 256, (24, 32, 32), dtype=torch.uint8)):
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.fromarray(gray.numpy()).convert("RGB").save(tmp_path / split / f"{k}.png")
+    run, words = tmp_path / "run", ["--width", "4", "--batch", "4", "--T", "20", "--groups", "2", "--device", "cpu"]
+    more = ["--steps", "10", "--warmup", "2", "--log-every", "1", "--snapshots", "2", "--lr", "0.001"]
+    assert main(["train", "ddpm", "--data", f"folder:{tmp_path}", "--out", str(run), *words, *more]) == 0
+    monkeypatch.setattr(keep, "PLACE", tmp_path / "kept")
+    what = ["--hardware", "a processor", "--data", "noise", "--n", "8", "--rows", "ddim:2", "ddim:3", "--bits", "2"]
+    monkeypatch.setattr(sys, "argv", ["results.py", "run", str(run), "name", *what])
+    keep.main()
+    result = json.loads((tmp_path / "kept" / "name.json").read_text())
+    assert result["command"].endswith("--groups 2") and str(tmp_path) not in json.dumps(result)
+    assert [d["network_calls"] for d in result["distances"]] == [2, 3]
+    assert [d["step"] for d in result["training"]] == [5, 10]
+    assert all(d["frechet_cifar"] > d["frechet_cifar_floor"] > 0 for d in result["distances"] + result["training"])
+    assert result["bits"]["bits_n"] == 2 and len(result["curve"]) == 10
+    assert all((tmp_path / "kept" / f"name{end}.png").stat().st_size > 1000 for end in ("", "_training"))

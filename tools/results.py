@@ -103,7 +103,7 @@ def training(path, a):
     rows, pictures = [], []
     for file in sorted((path / "snapshots").glob("*.safetensors")):
         run = load(file, a.device)
-        numbers = distance(file, *a.rows[0], a)
+        numbers = distance(file, *a.rows[0], a, data=a.spec)  # a file keeps no path
         rows.append({"step": run.step, "seconds": round(run.seconds, 1), **row(numbers)})
         choice = {
             "sampler": a.rows[0][0],
@@ -144,7 +144,7 @@ def measure_memory(a):
 def keep_run(a):
     """Measure and write."""
     info, run = complete(a.run), load(a.run, a.device)
-    per_step = compare.points(info)
+    per_step, a.spec = compare.points(info), info["data"]["spec"]
     rows = log.read(a.run / "log.csv")
     a.rows = [(name, int(steps)) for name, steps in (word.split(":") for word in a.rows)]
     numbers = [distance(a.run, *a.rows[0], a, floor=True)]
