@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minigen import features, nets, samplers, seeded
+from minigen import NCSN, features, nets, samplers, seeded
 from minigen.evaluate import frechet_distance
+from minigen.layers import norm
 from minigen.likelihood import dequantize
 from minigen.train import Ema
 
@@ -176,6 +177,47 @@ def test_the_mean_age_is_a_tenth():
     for _ in range(20_000):
         age = 0.99 * (age + 1)
     assert age == pytest.approx(0.99 / 0.01)
+
+
+# The mean color
+
+
+@pytest.mark.equation("eq:cifar-group", "minigen.layers.norm")
+@pytest.mark.parametrize("in_group", [1, 4])
+def test_what_group_normalization_does_to_the_means(in_group):
+    layer = norm(16, 16 // in_group).double()
+    layer.weight.data.uniform_(0.5, 2)
+    layer.bias.data.normal_()
+    a = torch.randn(3, 16, 8, 8, dtype=F64) + torch.randn(3, 16, 1, 1, dtype=F64)
+    g = a.reshape(3, -1, in_group * 64)
+    mu, s2 = (v.repeat_interleave(in_group, 1) for v in (g.mean(2), g.var(2, unbiased=False)))
+    gamma, b = layer.weight, layer.bias
+    means = layer(a).mean((2, 3))
+    torch.testing.assert_close(means, gamma * (a.mean((2, 3)) - mu) / (s2 + 1e-6).sqrt() + b)
+    assert torch.allclose(means, b.expand(3, -1)) == (in_group == 1)
+
+
+@pytest.mark.equation("eq:cifar-blind", "minigen.ncsn.NCSN")
+def test_a_network_that_is_blind_to_the_color_keeps_that_of_the_noise():
+    """The exact denoiser of white pictures of standard deviation s, but for the mean, of which it believes x."""
+    method, s, n = NCSN(), 0.5, 1000
+    sigmas = method.sigmas(200)
+
+    def blind(x, sigma):
+        color = x.mean((2, 3), keepdim=True)
+        return color + s**2 / (s**2 + sigma[:, None, None, None] ** 2) * (x - color)
+
+    with seeded(0):
+        start = method.start((n, 1, 8, 8), sigmas[0])
+        *_, x = samplers.ddim(blind, start, sigmas)
+    torch.testing.assert_close(x.mean((2, 3)), start.mean((2, 3)), atol=1e-5, rtol=0)
+    assert float(x.mean((2, 3)).std()) == pytest.approx(method.sigma_1 / 8, abs=4 * method.sigma_1 / 8 / sqrt(2 * n))
+    rest = (x - x.mean((2, 3), keepdim=True)).std()
+    expected = s * method.sigma_1 / sqrt(s**2 + method.sigma_1**2) * sqrt(63 / 64)  # the start is noise alone
+    assert float(rest) == pytest.approx(expected, rel=0.02)
+
+
+# Batches
 
 
 @pytest.mark.equation("eq:cifar-parts")
