@@ -224,22 +224,26 @@ def entrants(device, batch):
 
 
 def race(device, batch, rounds, inner, sync):
-    """Times of every entrant at every task in every round, and the parts of our loop."""
+    """Times of every entrant at every task in every round, the parts of our loop, and the rate of matrix products."""
     runners = entrants(device, batch)
     x, noise = torch.randn(2, batch, 3, 32, 32, device=device).unbind()
     args = x, noise, torch.rand(batch, device=device)
     jobs = [(r, task) for r in runners for task in TASKS]
     times = {(r.name, task): [] for r, task in jobs}
     shares = {r.name: [] for r in runners[:2]}
+    rates = {"fp32": [], "bf16": []}
     for n in range(-1, rounds):  # the first one warms up and is forgotten
         for r, task in random.sample(jobs, len(jobs)):
             repeat = inner if n >= 0 else 2
             times[r.name, task].append(clock(lambda r=r, task=task: getattr(r, task)(*args), sync, repeat))
         for r in runners[:2]:
             shares[r.name].append(r.overhead(sync))
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            rates[kind].append(matrix_rate(device, dtype, sync))
         if n >= 0:
             print(f"round {n + 1} of {rounds}", file=sys.stderr, flush=True)
-    return {k: v[1:] for k, v in times.items()}, {k: v[1:] for k, v in shares.items()}
+    times, shares = ({k: v[1:] for k, v in d.items()} for d in (times, shares))
+    return times, shares, {k: float(f"{median(v[1:]):.4g}") for k, v in rates.items()}
 
 
 def summary(times, shares, batch, rates):
@@ -296,7 +300,6 @@ def main():
     torch.set_num_threads(a.threads)
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
     batches = a.batch or ([128, 512] if a.device == "cuda" else [8])
-    rates = {"fp32": matrix_rate(a.device, torch.float32, sync), "bf16": matrix_rate(a.device, torch.bfloat16, sync)}
     result = {
         "what": "Training step, training loop and forward pass of the 35.7M U-Net; speed 'a / b': how often a does "
         "its task while b does it once",
@@ -305,12 +308,12 @@ def main():
         "hardware": hardware(a.device, a.threads),
         "versions": versions(),
         "rounds": a.rounds,
-        "matrix_tflops": {k: float(f"{v:.4g}") for k, v in rates.items()},
         "batch": {},
     }
     for batch in batches:
-        times, shares = race(a.device, batch, a.rounds, a.inner or (10 if a.device == "cuda" else 1), sync)
+        times, shares, rates = race(a.device, batch, a.rounds, a.inner or (10 if a.device == "cuda" else 1), sync)
         result["batch"][str(batch)] = summary(times, shares, batch, rates)
+        result["matrix_tflops"] = rates
     text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
     print(text)
     if a.out:
