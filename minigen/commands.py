@@ -93,6 +93,11 @@ def _given(o: options.Train[Method]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
+def _net(o: options.Train[Method]) -> dict[str, Any]:
+    """What the command line says about the network; ``None`` where it is silent."""
+    return {name: getattr(o, name) for name in ("width", "dropout", "groups")}
+
+
 def train_classifier(o: options.Classifier) -> int:
     """Train a classifier of images and write it to one file; returns the exit code."""
     device = pick_device(o.device)
@@ -168,8 +173,3 @@ def plot(o: options.Plot) -> int:
 
     print(log.plot(Path(o.run)))
     return 0
-
-
-def _net(o: options.Train[Method]) -> dict[str, Any]:
-    """What the command line says about the network; ``None`` where it is silent."""
-    return {name: getattr(o, name) for name in ("width", "dropout", "groups")}

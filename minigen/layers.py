@@ -1,4 +1,4 @@
-"""Layers of the U-Net that compute what PyTorch's do, around two slow cases of the CPU."""
+"""Layers of the U-Net that compute what PyTorch's do, around slow cases of the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -61,3 +62,25 @@ class Dropout(nn.Dropout):
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.uint8)[: x.numel()].to(x.dtype).ge_(cut).mul_(256 / (256 - cut))
         return x * keep.as_strided(x.shape, x.stride())
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head; q, k, v and the projection are 1x1 convolutions."""
+
+    def __init__(self, c: int, groups: int = 32) -> None:
+        super().__init__()
+        self.norm = norm(c, groups)
+        self.qkv = nn.ModuleList([nn.Conv2d(c, c, 1) for _ in range(3)])
+        self.project = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``b c h w``."""
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous() for f in self.qkv)  # b hw c
+        if q.is_cpu and q.requires_grad:  # two to three times faster backward than the fused kernel of the CPU
+            out = (q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).softmax(2) @ v
+        else:
+            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        h = self.project(out.transpose(1, 2).reshape(x.shape))
+        h += x
+        return h

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Dropout, norm
+from .layers import Attention, Dropout, norm
 
 TIME_SCALE = 1000.0
 """The clock u in [0, 1] is multiplied by this before the embedding, so that DDPM's embedding sees its t."""
@@ -201,28 +201,6 @@ class Stage(nn.Module):
         h = self.last(self.second(h))
         h += self.skip(x)
         return self.attention(h)
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels, one head; q, k, v and the projection are 1x1 convolutions."""
-
-    def __init__(self, c: int, groups: int = 32) -> None:
-        super().__init__()
-        self.norm = norm(c, groups)
-        self.qkv = nn.ModuleList([nn.Conv2d(c, c, 1) for _ in range(3)])
-        self.project = nn.Conv2d(c, c, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``b c h w``."""
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous() for f in self.qkv)  # b hw c
-        if q.is_cpu and q.requires_grad:  # two to three times faster backward than the fused kernel of the CPU
-            out = (q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).softmax(2) @ v
-        else:
-            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        h = self.project(out.transpose(1, 2).reshape(x.shape))
-        h += x
-        return h
 
 
 class Downsample(nn.Module):

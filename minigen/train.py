@@ -149,10 +149,9 @@ class Trainer:
         self.step, self._count = self.step + 1, self._count + 1
 
     def _clip(self) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; returns the norm it had."""
+        """Have Adam shorten the gradient, as it reads it, to the largest norm allowed; returns the norm it had."""
         norm = _total_norm([p.grad for p in self._weights if p.grad is not None])
-        if self.device.type != "cpu" or norm > self.config.grad_clip:  # a GPU must not wait for the number
-            torch.nn.utils.clip_grads_with_norm_(self._weights, self.config.grad_clip, norm)
+        self.optimizer.grad_scale = (norm / self.config.grad_clip).clamp(min=1)  # what loss scaling divides by
         return norm
 
     def _loss_of_part(self, x: Tensor, i: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Training: schedules, averages, and above all that stopping and continuing changes nothing."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from math import cos, inf, pi
 
@@ -180,6 +181,28 @@ def test_an_average_of_length_zero_is_the_network_itself():
     t = trainer(PICTURES, ema=0.0, grad_clip=inf)
     list(t)
     assert all(torch.equal(a, b) for a, b in zip(t.net.parameters(), t.ema.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bound", [0.27, inf])
+def test_clipping_inside_of_adam_is_clipping_before_it(bound):
+    t = trainer(PICTURES, grad_clip=bound)
+    copy, norms, clip = deepcopy(t.net), [], t._clip
+    adam = torch.optim.Adam(copy.parameters())
+
+    def clip_both():
+        for p, q in zip(copy.parameters(), t.net.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        norms.append(float(nn.utils.clip_grad_norm_(copy.parameters(), bound)))
+        return clip()
+
+    t._clip = clip_both
+    for _ in t.steps():
+        adam.param_groups[0]["lr"] = t._lr
+        adam.step()
+        assert float(t._norm) == pytest.approx(norms[-1], rel=1e-5)
+    assert len(norms) == 12 and min(norms) < 0.27 < max(norms)  # some are clipped, some are not
+    for p, q in zip(copy.parameters(), t.net.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 class Watched(DDPM):

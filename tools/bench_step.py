@@ -248,7 +248,7 @@ def race(device, batch, rounds, inner, sync):
 
 def summary(times, shares, batch, rates):
     names = list(dict.fromkeys(name for name, _ in times))
-    out = {"seconds": {}, "images_per_s": {}, "speed": {}, "overhead_percent": {}}
+    out = {"matrix_tflops": rates, "seconds": {}, "images_per_s": {}, "speed": {}, "overhead_percent": {}}
     for task in TASKS:
         out["seconds"][task] = {n: spread(times[n, task]) for n in names}
         out["images_per_s"][task] = {n: float(f"{batch / median(times[n, task]):.4g}") for n in names}
@@ -313,7 +313,6 @@ def main():
     for batch in batches:
         times, shares, rates = race(a.device, batch, a.rounds, a.inner or (10 if a.device == "cuda" else 1), sync)
         result["batch"][str(batch)] = summary(times, shares, batch, rates)
-        result["matrix_tflops"] = rates
     text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
     print(text)
     if a.out:
