@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -73,6 +74,9 @@ def _dispatch(words: list[str]) -> int:
             what = f"unknown method {rest[0]!r}" if rest and not rest[0].startswith("-") else "which method?"
             raise ValueError(f"{what}: use python -m minigen train {'|'.join(METHODS)} --data DATA --out RUN")
         chosen = _parse(options.Train[METHODS[rest[0]]], f"train {rest[0]}", rest[1:])
+        if not isinstance(chosen, int):
+            named = (word.split("=")[0] for word in rest if word.startswith("--"))
+            chosen = replace(chosen, given=frozenset(name[2:].replace("-", "_") for name in named))
     else:
         forms = {
             "sample": options.Sample, "evaluate": options.Evaluate, "compare": options.Compare,

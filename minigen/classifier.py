@@ -77,7 +77,7 @@ class ClassifierRecipe:
 
 
 def preset(data: Dataset) -> tuple[ClassifierConfig, ClassifierRecipe]:
-    """A network and a recipe for labeled images: 64 to 128 features from 16 pixels on, 32 below.
+    """A network and a recipe for labeled images: 128 features from 16 pixels on, 32 below.
 
     Raises:
         ValueError: if the data have no labels, or are no images.

@@ -35,7 +35,7 @@ def train(o: options.Train[Method]) -> int:
 
 
 def _new(o: options.Train[Method]) -> Trainer:
-    if (o.out / checkpoint.NAME).exists():
+    if (o.out / checkpoint.NAME).exists() and checkpoint.read(o.out, with_tensors=False)[1]["step"] > 0:
         raise ValueError(f"{o.out} already holds a run: add --resume to continue it, or choose another --out")
     if o.data is None:
         raise ValueError(f"--data is missing: cifar10, digits, folder:PATH, {', '.join(laws.LAWS)}")
@@ -44,10 +44,10 @@ def _new(o: options.Train[Method]) -> Trainer:
     if o.minutes and o.steps is None:
         given["steps"] = None
     data = load(o.data, offline=o.offline)
-    method = for_data(o.method, data.shape)
+    method = for_data(o.method, data.shape, o.given)
     config = preset(data, type(method).__name__.lower(), o.recipe or "paper", device, None if o.minutes else o.steps)
     if isinstance(method, Crowd):  # the loss at a few points compares them with a crowd
-        if o.recipe == "fast" and method.small_batch == for_data(type(method)(), data.shape).small_batch:
+        if o.recipe == "fast" and "small_batch" not in o.given:
             method = replace(method, small_batch=config.batch)
         config = replace(config, batch=method.large_batch)
     config = replace(config, **given)
@@ -71,7 +71,8 @@ def _continued(o: options.Train[Method]) -> Trainer:
         if name not in ("steps", "minutes", "accumulate") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
-    if method not in (o.method, for_data(o.method, net_config.shape)) and o.method != type(method)():
+    same = type(method) is type(o.method)
+    if not same or any(getattr(method, k) != getattr(o.method, k) for k in o.given if hasattr(method, k)):
         raise ValueError(f"{o.method} is not the {method} of {o.out}: leave the options out, or use another --out")
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)
@@ -130,6 +131,7 @@ def train_classifier(o: options.Classifier) -> int:
 def sample(o: options.Sample) -> int:
     """Draw samples and write them; returns the exit code."""
     device = pick_device(o.device)
+    generate.check_suffix(o.out)
     run = checkpoint.load(o.run, METHODS, device)
     began = time.monotonic()
     choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device, "precision": o.precision}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import sqrt
+from math import log2, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -28,7 +28,7 @@ LOSS: dict[str, tuple[str, ...]] = {
     "pfgmpp": ("D", "sigma_data", "P_mean", "P_std"),
 }
 """The fields of each method that decide what noise it sees, and so the value of its loss."""
-SCHEDULE = ("batch", "steps", "minutes", "warmup", "decay")
+SCHEDULE = ("steps", "minutes", "warmup", "decay")
 """The settings that decide the learning rate at a given number of images."""
 
 
@@ -101,7 +101,7 @@ def read(run: str | Path) -> Curve:
 
 
 def reference(info: dict[str, Any], curves: Path = CURVES) -> tuple[str, Curve]:
-    """The reference for a run of this description: same method and loss, same shape of the data, nearest width.
+    """The reference for a run of this description: same method, loss and shape of the data, nearest width and batch.
 
     Raises:
         ValueError: if none ships.
@@ -124,7 +124,12 @@ def reference(info: dict[str, Any], curves: Path = CURVES) -> tuple[str, Curve]:
     if not like:
         shape = "x".join(map(str, info["net"]["shape"]))
         raise ValueError(f"no reference for {info['method']} on data of shape {shape}: {', '.join(known)}")
-    return min(like.items(), key=lambda item: abs(item[1].info["net"]["width"] - info["net"]["width"]))
+
+    def far(item: tuple[str, Curve]) -> tuple[float, float]:
+        other = item[1].info
+        return abs(other["net"]["width"] - info["net"]["width"]), abs(log2(points(other) / points(info)))
+
+    return min(like.items(), key=far)
 
 
 def _words(fields: dict[str, Any]) -> str:
@@ -163,6 +168,7 @@ def causes(run: Curve, other: Curve, rows: list[Row]) -> list[str]:
     settings = {name: (mine["train"][name], theirs["train"][name]) for name in ("lr", "grad_clip", "precision")}
     settings |= {name: (mine["net"][name], theirs["net"][name]) for name in ("width", "blocks", "dropout")}
     settings["groups"] = tuple(net.get("groups", 32) for net in (mine["net"], theirs["net"]))
+    settings["the batch"] = points(mine), points(theirs)
     found += [f"{name} is {a}, there it is {b}" for name, (a, b) in settings.items() if a != b]
     n = mine["data"]["n"]
     if last.ratio < 0 and n < theirs["data"]["n"] / 2:

@@ -132,9 +132,9 @@ class Batches(Iterator[Tensor]):
         while len(self._left) < self.batch:
             self._left = torch.cat([self._left, torch.randperm(len(self.x), generator=self._random)])
         index, self._left = self._left[: self.batch], self._left[self.batch :]
-        x = self.x[index.to(self.x.device)]
+        x = self.x[index.to(self.x.device, non_blocking=True)]
         if self.flip:
-            mirror = (torch.rand(self.batch, generator=self._random) < 0.5).to(x.device)
+            mirror = (torch.rand(self.batch, generator=self._random) < 0.5).to(x.device, non_blocking=True)
             x = torch.where(mirror[:, None, None, None], x.flip(3), x)
         return to_float(x, self.bins)
 

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,13 +23,20 @@ GRIDS = 10
 """Sample grids per run, beside those asked for."""
 
 
-def for_data(method: Any, shape: tuple[int, ...]) -> Any:
-    """The method with its defaults for data of this shape, where its class has such; what was set stays as it is."""
+def for_data(method: Any, shape: tuple[int, ...], given: Collection[str] = ()) -> Any:
+    """The method with its defaults for data of this shape, where its class has such.
+
+    Args:
+        method: its fields stay as they are where they differ from the defaults of the class.
+        shape: of one sample.
+        given: names of fields that stay as they are in any case.
+    """
     cls = type(method)
     if not hasattr(cls, "for_data"):
         return method
-    given = {name: value for name, value in asdict(method).items() if value != asdict(cls())[name]}
-    return replace(cls.for_data(shape), **given)
+    usual = asdict(cls())
+    kept = {name: value for name, value in asdict(method).items() if name in given or value != usual[name]}
+    return replace(cls.for_data(shape), **kept)
 
 
 class Signals:
@@ -106,7 +114,7 @@ def fit(
                 saved = time.monotonic()
             if stop:
                 break
-    _farewell(trainer, out)
+    _farewell(trainer, out, snapshots)
     return 128 + (signals.caught or signal.SIGINT) if trainer.progress < 1 else 0
 
 
@@ -114,13 +122,14 @@ def _multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _farewell(trainer: Trainer, out: Path) -> None:
+def _farewell(trainer: Trainer, out: Path, snapshots: int) -> None:
     if trainer.processes.rank > 0:
         return
     if trainer.progress >= 1:
         print(f"{out / checkpoint.NAME}: {trainer.step} steps in {trainer.seconds:.0f} s")
         return
     again = f"python -m minigen train {trainer.describe()['method']} --out {out} --resume"
+    again += f" --snapshots {snapshots}" if snapshots else ""
     print(f"minigen: stopped at step {trainer.step} and saved; continue with: {again}", file=sys.stderr)
 
 

@@ -19,6 +19,9 @@ LEAST_SIGMA = 0.01
 TOLERANCE = 1e-3
 """Of the adaptive solver; a smaller one costs several times as many calls and shows no difference in the samples."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".npy")
+"""Files that samples are written to."""
+
 
 def draw(
     method: Method,
@@ -88,6 +91,16 @@ def _draw(method: Any, net: Net, shape: Sequence[int], sampler: str, steps: int,
     else:
         raise ValueError(f"unknown sampler {sampler!r}: use ddim, euler, heun, rk45 or paper")
     return x
+
+
+def check_suffix(path: Path) -> None:
+    """See that ``picture`` can write this kind of file, before hours are spent on what it should hold.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} is no kind of file to write samples to: let it end in {', '.join(SUFFIXES)}")
 
 
 def picture(x: Tensor, path: Path) -> None:

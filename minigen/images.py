@@ -9,8 +9,10 @@ import os
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -53,7 +55,10 @@ def cifar10(split: str, root: Path, offline: bool) -> tuple[Tensor, Tensor]:
             if offline:
                 raise ValueError(f"CIFAR-10 is not in {root}: put {CIFAR_FILE} there, or run once with a network")
             _download(archive)
-        extract_archive(str(archive), str(root))
+        with TemporaryDirectory(dir=root) as place:  # another process may do the same: the first one's folder stays
+            extract_archive(str(archive), place)
+            with suppress(OSError):
+                (Path(place) / CIFAR10.base_folder).rename(unpacked)
     try:
         raw = CIFAR10(str(root), train=split == "train")  # checks the md5 of every file before it reads any
     except RuntimeError as e:

@@ -33,6 +33,8 @@ REPEATS = 5
 
 def measure(o: options.Evaluate) -> int:
     """Compare samples with data; print the numbers, and keep them in the run's folder; returns the exit code."""
+    if o.bits < 0 or not o.tol > 0:
+        raise ValueError(f"--bits must be at least 0 and --tol positive, got {o.bits} and {o.tol}")
     device = pick_device(o.device)
     run = checkpoint.load(o.run, METHODS, device)
     spec = o.data or run.data

@@ -40,17 +40,17 @@ class Train(Generic[M]):
     width: Int = None
     """hidden units, or channels at full resolution"""
     dropout: Float = None
-    """probability in each residual block"""
+    """probability in each residual block (images)"""
     groups: Int = None
-    """groups of channels that are normalized together"""
+    """groups of channels that are normalized together (images)"""
     lr: Float = None
     """learning rate of Adam"""
     warmup: Int = None
-    """steps in which the learning rate rises"""
+    """steps in which the learning rate rises (with --minutes: always the first 5 %)"""
     decay: Annotated[
         Literal["constant", "cosine"] | None, tyro.conf.arg(metavar="{constant,cosine}", help_behavior_hint=_preset)
     ] = None
-    """what the learning rate does then"""
+    """what the learning rate does then (with --minutes: always cosine)"""
     ema: Float = None
     """decay of the averaged weights"""
     grad_clip: Float = None
@@ -79,6 +79,8 @@ class Train(Generic[M]):
     """continue the run in --out; only --steps, --minutes, --accumulate, --data and --device may differ from before"""
     offline: bool = False
     """download nothing"""
+    given: tyro.conf.Suppress[frozenset[str]] = frozenset()
+    """the fields that the command line names"""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ of minutes. Smaller images and points have presets of their own, to which ``fast
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import cos, inf, pi
 from typing import Literal
+
+import torch
 
 from .data import Dataset
 
@@ -103,7 +106,8 @@ def preset(
             cosine decay.
         method: its name in ``PAPER``.
         recipe: ``paper``, or ``fast``: 20 minutes unless told otherwise, a larger learning rate that falls to 0 with
-            the time, an average over at most the last 1,000 steps, and on GPUs large batches in bf16, compiled.
+            the time, an average over at most the last 1,000 steps, and on GPUs large batches, compiled, in bf16,
+            where they can.
         device: ``cuda`` or ``cpu``, for ``fast``.
         steps: for ``fast``, a budget in steps instead of minutes.
 
@@ -122,8 +126,23 @@ def preset(
 
 
 def _fast(device: str, steps: int | None) -> TrainConfig:
-    """For images: 20 minutes, or so many steps."""
-    config = TrainConfig(batch=32, lr=1e-3, ema=0.999, decay="cosine", steps=None, minutes=20)
+    """For images: 20 minutes, or so many steps; small batches where a picture costs the same in small and in large."""
+    config = TrainConfig(batch=16, lr=1e-3, ema=0.999, decay="cosine", steps=None, minutes=20)
     if steps:
         config = replace(config, steps=steps, minutes=None, warmup=steps // 20)
-    return replace(config, batch=512, precision="bf16", compile=True) if device == "cuda" else config
+    if device != "cuda":
+        return config
+    half = _half()
+    return replace(config, batch=512 if half else 128, precision="bf16" if half else "fp32", compile=_compiles())
+
+
+def _half() -> bool:
+    """Whether the card computes in bf16; those before 2020 (such as the T4) only imitate it, slowly."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _compiles() -> bool:
+    """Whether PyTorch can compile for the card: it takes Triton, and a card of 2017 (capability 7.0) or later."""
+    if not torch.cuda.is_available():
+        return True
+    return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)

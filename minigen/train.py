@@ -121,10 +121,12 @@ class Trainer:
             FloatingPointError: if the loss or the gradient is not finite.
             RuntimeError: if the memory is too small, with the options to change.
         """
-        began = time.monotonic() - self.seconds
+        began, compiling = time.monotonic() - self.seconds, self.config.compile
         while self.progress < 1:
             with enough_memory():
                 self._update()
+            if compiling:  # that is no training: it must not cost a budget of time its warmup
+                began, compiling = time.monotonic() - self.seconds, False
             seconds = time.monotonic() - began
             self.seconds = self.processes.first(seconds) if self.config.minutes else seconds
             due = self.step % self.config.log_every == 0 or self.progress >= 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import log, log2, pi, sqrt
+from math import exp, log, log2, pi, sqrt
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minigen import NCSN, features, nets, samplers, seeded
+from minigen import DDPM, NCSN, PFGMPP, features, nets, samplers, seeded
 from minigen.evaluate import frechet_distance
 from minigen.layers import norm
 from minigen.likelihood import dequantize
@@ -98,6 +98,20 @@ def test_an_outlier_is_remembered(K):
     assert slower == pytest.approx(1 / sqrt(1 + 0.001 * K**2), rel=0.15)
 
 
+# What an error of the network costs
+
+
+@pytest.mark.equation("eq:cifar-precondition", "minigen.pfgmpp.PFGMPP.denoiser")
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 50.0, 150.0])
+def test_an_error_of_the_network_in_the_picture(sigma):
+    x, level, e = torch.randn(1, 3, 4, 4), torch.full((1,), sigma), 0.01
+    ddpm, edm = DDPM(clip=False), PFGMPP()
+    for method, factor in ((ddpm, -sigma), (edm, sigma * 0.5 / sqrt(sigma**2 + 0.5**2))):
+        right, wrong = (method.denoiser(lambda y, u, a=a: torch.full_like(y, a))(x, level) for a in (0.3, 0.3 + e))
+        assert torch.allclose(wrong - right, torch.full_like(x, factor * e), rtol=2e-3, atol=1e-5)
+    assert 156 < float(ddpm.sigmas(10)[0]) < 158
+
+
 # Averages
 
 
@@ -135,6 +149,46 @@ def test_a_long_average_does_not_know_the_rate():
         rho, raw = 1 - eta * h, eta * s**2 / (h * (2 - eta * h))
         mean = raw * (1 - d) * (1 + rho * d) / ((1 + d) * (1 - rho * d))
         assert mean == pytest.approx(s**2 * (1 - d) / (2 * h**2), rel=0.01)
+
+
+def spent(pictures, batch, step, size=4000, start=40.0, h=1.3, s1=4.0):
+    """Weights on the way, one row per step: each gradient is that of the bowl and the mean noise of a batch."""
+    theta, out = torch.full((size,), start, dtype=F64), []
+    for _ in range(pictures // batch):
+        noise = s1 * torch.randn(batch, size, dtype=F64).mean(0)
+        theta = theta + step(h * theta + noise)
+        out.append(theta)
+    return torch.stack(out)
+
+
+@pytest.mark.equation("eq:cifar-batch")
+@pytest.mark.parametrize(("batch", "eta"), [(2, 0.01), (4, 0.02), (4, 0.05)])
+def test_way_jitter_and_average_of_a_batch(batch, eta, h=1.3, s1=4.0, reach=2500):
+    with seeded(0):
+        *way, end = spent(300, batch, lambda g: -eta * g).mean(1)
+        low = spent(3 * reach, batch, lambda g: -eta * g, start=0.0)
+    jitter = eta / batch * s1**2 / (2 * h)
+    error = 4 * sqrt(jitter / 4000)  # of the mean of 4,000 jitters
+    assert float(end) == pytest.approx(40 * (1 - eta * h) ** (300 / batch), abs=error) and float(end) > 4 * error
+    assert (1 - eta * h) ** (300 / batch) == pytest.approx(exp(-eta / batch * h * 300), rel=0.25)
+    assert float(low[-100:].var()) == pytest.approx(jitter, rel=0.08)
+    mean, d = torch.zeros(4000, dtype=F64), 1 - batch / reach
+    for theta in low:
+        mean = d * mean + (1 - d) * theta
+    assert float(mean.var()) == pytest.approx(s1**2 / (2 * h**2 * reach), rel=0.15)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_adam_in_noise_goes_by_the_root_of_the_batch(batch, eta=1e-3, h=1.3, s1=200.0, pictures=24_000):
+    with seeded(0):
+        noise = s1 / sqrt(batch) * torch.randn(pictures // batch, 1000, dtype=F64)
+    w = torch.full((1000,), 10.0, dtype=F64, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=eta)
+    for xi in noise:
+        w.grad = h * w.detach() + xi
+        adam.step()
+    went = 1 - float(w.detach().mean()) / 10
+    assert went == pytest.approx(1 - exp(-eta * h * pictures / (s1 * sqrt(batch))), rel=0.25)
 
 
 @pytest.mark.equation("eq:cifar-ramp", "minigen.train.Ema")

@@ -217,10 +217,12 @@ BAD = [
     ("sample DIR/mixed/a.png", "damaged or not a checkpoint"),
     ("sample DONE --n 0 --out DIR/x.png", "--n must be positive"),
     ("sample DONE --steps 21 --out DIR/x.png", "steps must be between 1 and T = 20"),
-    ("sample DONE --n 1 --steps 1 --out DIR/x.nothing", "unknown file extension"),
+    ("sample DONE --n 1 --steps 1 --out DIR/x.nothing", "no kind of file to write samples to"),
     ("sample DONE --sampler leap", "--sampler"),
     ("evaluate RUN", "is not a run"),
     ("evaluate DONE --n -1", "--n must be positive"),
+    ("evaluate DONE --bits -1", "--bits must be at least 0"),
+    ("evaluate DONE --tol 0", "--tol positive"),
     ("plot RUN", "nothing to plot"),
 ]  # fmt: skip
 
@@ -277,6 +279,28 @@ def test_the_fast_recipe_learns_poisson_flow_at_as_many_points_as_others_see_ima
     assert config["train"]["batch"] == 200 and config["train"]["steps"] == 2
     assert main(["train", "pfgm", "--out", str(run), "--resume", "--recipe", "fast"]) == 2
     assert "--recipe is for a new run" in capsys.readouterr().err
+
+
+def test_what_the_command_line_names_stays_even_where_it_is_the_usual_value(tmp_path, capsys):
+    words = ["--data", "two_modes", "--steps", 1, "--batch", 16, "--width", 8, "--device", "cpu", "--large-batch", 64]
+    for out, more, target in (("a", [], "denoiser"), ("b", ["--target", "field"], "field")):
+        ok("train", "pfgm", *words, *more, "--out", tmp_path / out)
+        assert json.loads((tmp_path / out / "config.json").read_text())["method_fields"]["target"] == target
+    again = ["train", "pfgm", "--resume", "--steps", 2, "--out"]
+    ok(*again, tmp_path / "b", "--target=field")
+    assert main([str(w) for w in [*again, tmp_path / "a", "--target=field"]]) == 2
+    assert "leave the options out" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_in_its_first_step_may_start_again(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    words = [*map(str, ["train", "ddpm", "--data", "two_modes", *SMALL, "--steps", 2, "--out", run])]
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.Adam, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        assert main(words) == 2
+    assert "--accumulate" in capsys.readouterr().err and (run / checkpoint.NAME).exists()
+    ok(*words, "--accumulate", 2)
+    assert main(words) == 2 and "already holds a run" in capsys.readouterr().err
 
 
 # Interruptions

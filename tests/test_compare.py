@@ -46,6 +46,8 @@ def test_likely_causes():
     few = curve(0.5)
     few.info["data"]["n"] = 100
     assert "100 images are few" in causes(few, curve(), compare(few, curve()))[0]
+    small = curve(0.8, batch=16)
+    assert causes(small, curve(), compare(small, curve()))[0] == "the batch is 16, there it is 32"
     strange = curve(1.5)
     assert "look at the data" in causes(strange, curve(), compare(strange, curve()))[0]
 
@@ -55,7 +57,7 @@ def test_points_of_poisson_flow_are_not_its_charges():
     assert points(INFO) == 32
 
 
-def test_the_reference_has_the_same_method_and_data_and_the_nearest_width(tmp_path):
+def test_the_reference_has_the_same_method_and_data_the_nearest_width_and_batch(tmp_path):
     known = {}
     for width in (16, 64, 128):
         info = deepcopy(INFO)
@@ -64,6 +66,10 @@ def test_the_reference_has_the_same_method_and_data_and_the_nearest_width(tmp_pa
     file = tmp_path / "curves.json"
     file.write_text(json.dumps(known))
     assert reference(INFO, file)[0] == "ddpm_16"  # 32 is nearer to 16 than to 64
+    again = deepcopy(known["ddpm_16"])
+    again["info"]["train"]["batch"] = 128
+    file.write_text(json.dumps({"a": again} | known))
+    assert reference(INFO, file)[0] == "ddpm_16" and reference(again["info"], file)[0] == "a"
     with pytest.raises(ValueError, match="another loss than that of the references: theirs have T 1000 or T 1000"):
         reference({**INFO, "method_fields": {"T": 50}}, file)
     with pytest.raises(ValueError, match="no reference for ncsn on data of shape 3x32x32"):
@@ -87,7 +93,8 @@ def test_every_shipped_reference_is_on_track_with_itself():
     for method in METHODS:  # what the commands of the README train has a reference
         cls = METHODS[method]
         fields = asdict(cls.for_data((1, 8, 8)) if hasattr(cls, "for_data") else cls())
-        assert reference({"method": method, "method_fields": fields, "net": {"shape": [1, 8, 8], "width": 32}})
+        info = {"method": method, "method_fields": fields, "net": {"shape": [1, 8, 8], "width": 32}}
+        assert reference(info | {"train": {"batch": 128}})
 
 
 def test_the_command_tells_a_wrong_learning_rate(tmp_path, capsys):

@@ -13,18 +13,27 @@ from PIL import Image
 
 from minigen.__main__ import main
 from tools import results as keep
+from tools import runs as all_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"
 CHAPTER = ROOT / "chapters" / "09_cifar10.md"
 FILES = sorted(RESULTS.glob("*.json"))
 
-SECTIONS = ("Real runs on one processor core", "With shipped weights", "Is your run on track?")
+SECTIONS = (
+    "What seconds buy",
+    "Real runs on one processor core",
+    "What more time buys",
+    "With shipped weights",
+    "Is your run on track?",
+)
 """The headings of the chapter under which prose tells of our own runs."""
 
 ALLOWED: dict[str, str] = {
     "2020": "the year of a paper",
     "10": "CIFAR-10, the name of the data",
+    "1797": "the number of digits in the data",
+    "157": "the largest noise level of DDPM, held by the test of its error",
 }
 """Numbers that may stand there all the same, each with its reason or source."""
 
@@ -150,3 +159,13 @@ def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
     assert all(d["frechet_cifar"] > d["frechet_cifar_floor"] > 0 for d in result["distances"] + result["training"])
     assert result["bits"]["bits_n"] == 2 and len(result["curve"]) == 10
     assert all((tmp_path / "kept" / f"name{end}.png").stat().st_size > 1000 for end in ("", "_training"))
+
+
+def test_the_script_of_all_runs_passes_words_on(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(all_runs, "run", lambda *words: said.append([*map(str, words)]))
+    what = ["--data", "digits", "--words", "digits", "--hardware", "none", "--tag", "x", "--methods", "ddpm", "ncsn"]
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path), *what, "--", "--steps", "10"])
+    all_runs.main()
+    assert [words[2] for words in said if words[1] == "minigen"] == ["train", "export"] * 2
+    assert said[0][-2:] == ["--steps", "10"] and said[1][:2] == ["tools/results.py", "run"]

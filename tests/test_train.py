@@ -1,6 +1,7 @@
 """Training: schedules, averages, and above all that stopping and continuing changes nothing."""
 
 import json
+import time
 from copy import deepcopy
 from dataclasses import replace
 from math import cos, inf, pi
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import minigen
-from minigen import DDPM, checkpoint, nets, seeded
+from minigen import DDPM, checkpoint, nets, recipe, seeded
 from minigen.data import Dataset, load
 from minigen.generate import draw
 from minigen.methods import METHODS
@@ -175,6 +176,35 @@ def test_recipes():
     assert preset(load("digits"), recipe="fast").minutes == 1
     with pytest.raises(ValueError, match="unknown recipe 'slow': use paper or fast"):
         preset(images, recipe="slow")
+
+
+@pytest.mark.parametrize(
+    ("has", "card", "expected"),
+    [(True, (9, 0), ("bf16", 512, True)), (False, (7, 5), ("fp32", 128, True)), (False, (6, 0), ("fp32", 128, False))],
+)
+def test_the_quick_recipe_asks_of_a_card_what_it_can(monkeypatch, has, card, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has and not including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: name == "triton")
+    config = preset(Dataset("x", torch.zeros(1, 3, 32, 32).byte(), 256), recipe="fast", device="cuda")
+    assert (config.precision, config.batch, config.compile) == expected
+
+
+def test_compiling_costs_nothing_of_a_budget_of_time(monkeypatch):
+    class Late(DDPM):
+        def loss(self, net, x):
+            if not SEEN:
+                time.sleep(1.5)  # the first call compiles
+            SEEN.append(x)
+            return super().loss(net, x)
+
+    SEEN.clear()
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    t = trainer(load("two_modes"), compile=True, steps=None, minutes=0.5 / 60)
+    t.method = Late(T=20)
+    list(t)
+    assert t.step > 3 and t.seconds < 1.5
 
 
 def test_an_average_of_length_zero_is_the_network_itself():

@@ -3,14 +3,15 @@
     python tools/bench_digits.py --out book/results/digits_budget.json
 
 Each method trains the small U-Net for a budget of time through the public `Trainer`; the learning rate rises over the
-first 5 % of it and falls to 0 along a cosine. Then 1,797 samples are drawn with 50 calls of the averaged network
+first 5 % of it and falls to 0 along a cosine. Then 1,797 samples are drawn with the averaged network in 50 steps
 (DDIM) and compared with all 1,797 images of the data set by the Frechet distance of 32 features. There are four kinds
 of them: those of the classifier that ships with the package, and those of three plain ones (two convolutions and a
 hidden layer, no normalization), which are trained here. Each kind has its own unit, so a table gives the distances
 as multiples of their floor, the distance of two random halves of the data. For scale: that of noise.
 
 On an idle machine this takes its budgets by the clock. On a busy one, measure in a quiet minute how many steps per
-second each method makes (--rates FILE), then let the budgets be the steps that fit (the same command again).
+second each method makes (--rates FILE), then let the budgets be the steps that fit (the same command again, which then
+uses one thread).
 """
 
 import argparse
@@ -40,7 +41,7 @@ from minigen.train import TrainConfig, Trainer  # noqa: E402
 from tools.bench_step import hardware, versions  # noqa: E402
 
 SHIPPED = ROOT / "minigen" / "assets" / "classifier_digits.safetensors"
-CALLS = 50
+STEPS = 50
 
 
 def plain(data, test, seed):
@@ -110,76 +111,96 @@ def samples(trainer, n, seed):
     """``n`` of them, and how often the network was called."""
     sampler = "ddim" if hasattr(trainer.method, "denoiser") else "paper"
     shape = (n, *trainer.data.shape)
-    return draw(trainer.method, trainer.ema.net, shape, sampler=sampler, steps=CALLS, seed=seed)
+    return draw(trainer.method, trainer.ema.net, shape, sampler=sampler, steps=STEPS, seed=seed)
 
 
-def main():
+def one(job, config, rates, data, true, features, marks):
+    """Train, draw, measure: a run of one method with one seed and one budget."""
+    name, seed, budget = job
+    mine = replace(config, seed=seed, minutes=budget / 60)
+    if rates:
+        steps = int(rates[name] * budget)
+        mine = replace(mine, minutes=None, steps=steps, warmup=steps // 20)
+    trainer = trainer_of(name, data, mine)
+    for _ in trainer:
+        pass
+    x, calls = samples(trainer, len(true), seed)
+    frechet = {k: round(d, 3) for k, d in distances(features, x, true).items()}
+    floors = {k: round(d / marks[k]["floor"], 2) for k, d in frechet.items()}
+    run = {"method": name, "budget_s": budget, "seed": seed, "steps": trainer.step, "calls": calls}
+    return run | {"seconds": round(trainer.seconds, 1), "frechet": frechet, "floors": floors}
+
+
+def table(runs):
+    """For each method and budget: the number of runs, and the median of their multiples of the floor, by features."""
+    groups = {}
+    for r in sorted(runs, key=lambda r: (r["budget_s"], list(METHODS).index(r["method"]))):
+        groups.setdefault(f"{r['method']}, {r['budget_s']:g} s", []).append(r["floors"])
+    return {
+        name: {"seeds": len(rows)} | {k: round(median(row[k] for row in rows), 2) for k in rows[0]}
+        for name, rows in groups.items()
+    }
+
+
+def options():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     ap.add_argument("--seconds", type=float, nargs="+", default=[40, 80])
-    ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    ap.add_argument("--seeds", type=int, nargs="+", default=[0])
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--lr", type=float, default=5e-3)
     ap.add_argument("--ema", type=float, default=0.99)
     ap.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     ap.add_argument("--rates", type=Path, help="JSON of steps per second; measured and written if it is not there")
-    ap.add_argument("--out", type=Path)
-    a = ap.parse_args()
-    torch.set_num_threads(a.threads)
+    ap.add_argument("--out", type=Path, required=True, help="JSON; runs that it holds are kept, and not run again")
+    return ap.parse_args()
+
+
+def main():
+    a = options()
+    recipe = {k: getattr(a, k) for k in ("batch", "lr", "ema", "precision")}
+    config = TrainConfig(steps=None, minutes=1, decay="cosine", **recipe)
     data, test = load("digits"), load("digits", "test")
-    true = torch.cat([to_float(part.x, 17) for part in (data, test)])
-    config = TrainConfig(
-        steps=None, minutes=1, batch=a.batch, lr=a.lr, ema=a.ema, precision=a.precision, decay="cosine"
-    )
+    torch.set_num_threads(a.threads)
     if a.rates and not a.rates.exists():
-        a.rates.write_text(json.dumps({m: round(rate(m, data, config), 3) for m in a.methods}))
+        measured = {m: round(rate(m, data, config), 3) for m in a.methods}
+        a.rates.write_text(json.dumps({"recipe": recipe, "threads": a.threads, "steps_per_s": measured}))
         print(a.rates.read_text())
         return
-    rates = json.loads(a.rates.read_text()) if a.rates else {}
+    measured = json.loads(a.rates.read_text()) if a.rates else {"recipe": recipe, "steps_per_s": {}}
+    rates = measured["steps_per_s"]
+    if measured["recipe"] != recipe or (rates and not set(a.methods) <= set(rates)):
+        sys.exit(f"{a.rates} was measured with another recipe or without some of the methods: use another --rates")
+    budgets = "as many steps as fit on the idle machine, by steps_per_s" if rates else "by the clock"
+    known = json.loads(a.out.read_text()) if a.out.exists() else {"recipe": recipe, "budgets": budgets, "runs": []}
+    if (known["recipe"], known["budgets"]) != (recipe, budgets):
+        sys.exit(f"{a.out} holds runs of another recipe or with other budgets: use another --out")
+    torch.set_num_threads(1 if rates else a.threads)
+    true = torch.cat([to_float(part.x, 17) for part in (data, test)])
     features, accuracy = kinds(data, test)
     with seeded(0):
         marks = scale(features, true)
-    print(json.dumps(marks), flush=True)
-    runs, jobs = [], [(m, s, b) for m in a.methods for s in a.seeds for b in a.seconds]
-    for name, seed, budget in random.sample(jobs, len(jobs)):
-        mine = replace(config, seed=seed, minutes=budget / 60)
-        if rates:
-            steps = int(rates[name] * budget)
-            mine = replace(mine, minutes=None, steps=steps, warmup=steps // 20)
-        trainer = trainer_of(name, data, mine)
-        for _ in trainer:
-            pass
-        x, calls = samples(trainer, len(true), seed)
-        frechet = {k: round(d, 3) for k, d in distances(features, x, true).items()}
-        runs.append({"method": name, "budget_s": budget, "seed": seed, "frechet": frechet, "calls": calls})
-        runs[-1] |= {"floors": {k: round(d / marks[k]["floor"], 2) for k, d in frechet.items()}}
-        runs[-1] |= {"steps": trainer.step, "seconds": round(trainer.seconds, 1)}
-        print(json.dumps(runs[-1]), flush=True)
-    table = {
-        f"{m}, {b:g} s": {
-            k: median(r["floors"][k] for r in runs if (r["method"], r["budget_s"]) == (m, b)) for k in features
-        }
-        for m in a.methods
-        for b in a.seconds
-    }
-    print(json.dumps(table, indent=1))
-    asked = [f"--{k} {' '.join(map(str, getattr(a, k)))}" for k in ("methods", "seconds", "seeds")]
-    asked += [f"--{k} {getattr(a, k)}" for k in ("batch", "lr", "ema", "precision")]
-    recipe = {k: getattr(a, k) for k in ("batch", "lr", "ema", "precision")}
     result = {
-        "what": f"Frechet distance of {len(true):,} samples (DDIM, 50 calls) to the same number of digits, after a "
+        "what": f"Frechet distance of {len(true):,} samples (DDIM, 50 steps) to the same number of digits, after a "
         "budget of seconds of training the small U-Net, in four kinds of 32 features; floors: the distance as a "
         "multiple of that of two random halves of the data",
-        "command": "python tools/bench_digits.py " + " ".join(asked) + " --rates FILE" * bool(rates),
+        "command": "python tools/bench_digits.py --methods NAMES --seeds NUMBERS --seconds "
+        + " ".join(f"{s:g}" for s in a.seconds)
+        + "".join(f" --{k} {v}" for k, v in recipe.items())
+        + " --rates FILE" * bool(rates),
         "hardware": hardware("cpu", a.threads), "versions": versions(), "recipe": recipe,
-        "steps_per_s": rates,
-        "budgets": "as many steps as fit on the idle machine, by steps_per_s" if rates else "by the clock",
-        "accuracy": accuracy, "scale": marks,
-        "median_floors": table, "runs": sorted(runs, key=lambda r: (r["method"], r["budget_s"], r["seed"])),
+        "budgets": budgets, "steps_per_s": rates, "accuracy": accuracy, "scale": marks,
     }  # fmt: skip
-    if a.out:
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
+    runs = known["runs"]
+    done = {(r["method"], r["seed"], r["budget_s"]) for r in runs}
+    jobs = [(m, s, b) for m in a.methods for s in a.seeds for b in a.seconds if (m, s, b) not in done]
+    for job in random.sample(jobs, len(jobs)):
+        runs.append(one(job, config, rates, data, true, features, marks))
+        print(json.dumps(runs[-1]), flush=True)
+        runs.sort(key=lambda r: (r["method"], r["budget_s"], r["seed"]))
+        a.out.write_text(json.dumps(result | {"median_floors": table(runs), "runs": runs}, indent=1) + "\n")
+    print(json.dumps(table(runs), indent=1))
 
 
 if __name__ == "__main__":

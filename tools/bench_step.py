@@ -78,6 +78,7 @@ class Ours:
     def step(self, x, noise, u):
         x = x.contiguous(memory_format=torch.channels_last)
         self.trainer.net.train()
+        self.trainer.optimizer.grad_scale = None  # no clipping here
         self.trainer.optimizer.zero_grad()
         (self.trainer._call(x, u) - noise).square().mean().backward()
         self.trainer.optimizer.step()
@@ -299,6 +300,9 @@ def main():
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
+    if a.device == "cuda":  # as the command train does, for all alike; float32 then means TensorFloat-32
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     batches = a.batch or ([128, 512] if a.device == "cuda" else [8])
     result = {
         "what": "Training step, training loop and forward pass of the 35.7M U-Net; speed 'a / b': how often a does "

@@ -10,6 +10,7 @@ chapters read their numbers from there. ``curve`` puts the log of a run into min
 """
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -24,10 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minigen import checkpoint, compare, load, log, nets  # noqa: E402
+from minigen import checkpoint, compare, load, log, measure, nets  # noqa: E402
 from minigen.data import Dataset  # noqa: E402
 from minigen.generate import draw, picture  # noqa: E402
-from minigen.measure import measure  # noqa: E402
 from minigen.methods import METHODS  # noqa: E402
 from minigen.options import Evaluate  # noqa: E402
 from minigen.recipe import TrainConfig  # noqa: E402
@@ -88,7 +88,7 @@ def distance(path, sampler, steps, a, floor=False, bits=0, **more):
             "precision": a.precision,
             **more,
         }
-        measure(Evaluate(run=path, device=a.device, out=out, **words))
+        measure.measure(Evaluate(run=path, device=a.device, out=out, **words))
         return json.loads(out.read_text())
 
 
@@ -119,7 +119,7 @@ def training(path, a):
 def memory(info, batch, device):
     """Peak memory of two training steps in GB, in a process of its own: of the card, or of the whole process."""
     words = [sys.executable, __file__, "memory", info["method"], device, str(info["net"]["width"]), str(batch)]
-    done = subprocess.run([*words, info["train"]["precision"]], capture_output=True, text=True, check=True)
+    done = subprocess.run([*words, info["train"]["precision"]], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -174,17 +174,20 @@ def keep_run(a):
         "images_seen": run.step * per_step,
         "minutes": run.seconds / 60,
         "images_per_second": median(r["images_per_s"] for r in rows),
-        "loss_first": fmean(r["loss"] for r in rows if r["step"] <= 100),
+        "loss_first": fmean([r["loss"] for r in rows if r["step"] <= 100] or [rows[0]["loss"]]),
         "loss_last": fmean(r["loss"] for r in rows if r["step"] > run.step - min(500, run.step // 5)),
         "sampler": f"{best[0]}, {calls:g} evaluations, EMA weights, seed 0",
         "distances": [row(n) for n in numbers],
         "floor_curve": {k: v for k, v in numbers[0].items() if k.endswith("_floor_curve")},
         "bits": {k: v for k, v in bits.items() if k.startswith("bits_")},
         "training": along,
-        "memory_gb": {str(b): memory(info, b, a.device) for b in a.memory},
+        "memory_gb": {},
         "curve": [[int(r["step"]), round(r["loss"], 5)] for r in rows],
     }
-    (PLACE / f"{a.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for batch in [None, *a.memory]:  # what is measured is written, whatever comes after
+        if batch:
+            result["memory_gb"][str(batch)] = memory(info, batch, a.device)
+        (PLACE / f"{a.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "curve"}, indent=1))
 
 
@@ -234,4 +237,5 @@ def main():
 
 
 if __name__ == "__main__":
+    measure.load = functools.cache(measure.load)  # a folder of images is read once, not for each row
     main()

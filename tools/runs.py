@@ -41,18 +41,19 @@ def main():
     ap.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the network while sampling")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--train-only", action="store_true")
-    ap.add_argument("train", nargs="*", help="options for the trainer, after --")
-    a = ap.parse_args()
-    out = a.out.resolve()
+    ap.epilog = "Words after -- go to the trainer."
+    dashes = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    a, more = ap.parse_args(sys.argv[1:dashes]), sys.argv[dashes + 1 :]
+    out, usual = a.out.resolve(), ["--data", a.data, "--device", a.device, "--snapshots", 5]
     for method in a.methods:
         place = out / method
         if (place / "checkpoint.safetensors").exists():
-            run("-m", "minigen", "train", method, "--out", place, "--resume", "--data", a.data, "--device", a.device)
+            run("-m", "minigen", "train", method, "--out", place, "--resume", *usual)
         else:
             budget = ["--minutes", a.minutes] if a.minutes else []
-            words = ["--recipe", "fast", "--snapshots", 5, "--data", a.data, "--device", a.device, *budget, *a.train]
-            run("-m", "minigen", "train", method, "--out", place, *words)
-    for method in () if a.train_only else a.methods:
+            run("-m", "minigen", "train", method, "--out", place, "--recipe", "fast", *usual, *budget, *more)
+        if a.train_only:
+            continue
         name, what = (
             f"cifar10_{method}_{a.tag}",
             ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits],
