@@ -71,8 +71,8 @@ def _continued(o: options.Train[Method]) -> Trainer:
         if name not in ("steps", "minutes", "accumulate") and value not in (None, before[name]):
             word = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{word} is not the {before[name]} of {o.out}: leave it out, or use another --out")
-    same = type(method) is type(o.method)
-    if not same or any(getattr(method, k) != getattr(o.method, k) for k in o.given if hasattr(method, k)):
+    named = [f.name for f in fields(method) if f.name in o.given]
+    if type(method) is not type(o.method) or any(getattr(method, k) != getattr(o.method, k) for k in named):
         raise ValueError(f"{o.method} is not the {method} of {o.out}: leave the options out, or use another --out")
     if o.steps is not None or o.minutes is not None:
         config = replace(config, steps=o.steps, minutes=o.minutes)

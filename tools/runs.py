@@ -5,7 +5,8 @@
 
 For each method: train in OUT/METHOD (a run that is there is continued, a complete one is left alone), measure it
 (tools/results.py run: book/results/cifar10_METHOD_TAG.json and pictures), keep its curve for ``compare`` and export its
-weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer. Run it again after an interruption.
+weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer (of pfgm, ``--batch`` would be the crowd of
+charges). Run it again after an interruption.
 """
 
 import argparse
