@@ -37,6 +37,9 @@ class DDPM:
         schedule: ``linear`` as in the paper, or ``cosine`` (Nichol and Dhariwal 2021, eq. 17).
         variance: of the reverse step: ``beta`` ("fixedlarge") or ``beta_tilde`` ("fixedsmall"), section 3.2.
         clip: keep the predicted image in [-1, 1] while sampling; ``None``: images yes, points no.
+        stratified: spread the steps t of a batch evenly over 1 .. T, so that the mean of the loss jumps less
+            (Kingma et al. 2021, arXiv 2107.00630, appendix I.1); each process and each part of ``accumulate`` spreads
+            its own. Otherwise they are independent, as in Algorithm 1.
     """
 
     T: int = 1000
@@ -45,6 +48,7 @@ class DDPM:
     schedule: Literal["linear", "cosine"] = "linear"
     variance: Literal["beta", "beta_tilde"] = "beta"
     clip: bool | None = None
+    stratified: bool = False
 
     def __post_init__(self) -> None:
         if self.T < 2 or not 0 < self.beta_1 <= self.beta_T < 1:
@@ -122,9 +126,16 @@ class DDPM:
         x0 = (x_t - at(self.chain.noise, t, x_t) * eps) / at(self.chain.signal, t, x_t)
         return self._clip(x0)
 
+    def times(self, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """``n`` steps, each uniform in 1 .. T; those of one batch independent, or spread evenly if ``stratified``."""
+        if not self.stratified:
+            return torch.randint(1, self.T + 1, (n,), device=device)
+        u = (torch.rand((), device=device) + torch.arange(n, device=device) / n) % 1
+        return 1 + (self.T * u).long().clamp(max=self.T - 1)
+
     def loss(self, net: Net, x: Tensor) -> Tensor:
         """Algorithm 1: L_simple, eq. 14. ``x``: ``b *d``; returns ``b``."""
-        t = torch.randint(1, self.T + 1, (len(x),), device=x.device)
+        t = self.times(len(x), x.device)
         eps = torch.randn_like(x)
         return (eps - net(self.perturb(x, t, eps), self.clock(t))).square().flatten(1).mean(1)
 

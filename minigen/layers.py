@@ -64,6 +64,22 @@ class Dropout(nn.Dropout):
         return x * keep.as_strided(x.shape, x.stride())
 
 
+_AXIS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+DOUBLED = torch.kron(_AXIS, _AXIS).T.contiguous()
+"""From the three by three weights of a kernel to the four by four that a pixel meets once it is doubled, ``9 16``."""
+
+
+def conv_of_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv``, 3x3 with a border of 1, of ``x`` doubled by nearest neighbor, in 4 of 9 products; ``b c 2h 2w``.
+
+    A window of the doubled picture sees two by two pixels of ``x``. Adding the weights that meet the same pixel first
+    leaves a transposed convolution of stride 2 with four by four weights, along each axis (w2, w1 + w2, w0 + w1, w0).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight = conv.weight.transpose(0, 1).flatten(2) @ DOUBLED.to(conv.weight)
+    return F.conv_transpose2d(x, weight.unflatten(2, (4, 4)), conv.bias, stride=2, padding=1)
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, one head; q, k, v and the projection are 1x1 convolutions."""
 

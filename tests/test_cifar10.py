@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minigen import DDPM, NCSN, PFGMPP, features, nets, samplers, seeded
 from minigen.evaluate import frechet_distance
-from minigen.layers import norm
+from minigen.layers import conv_of_doubled, norm
 from minigen.likelihood import dequantize
 from minigen.train import Ema
 
@@ -50,6 +50,23 @@ def test_training_costs_three_times_a_look():
             out.sum().backward()
     assert back.get_total_flops() / look.get_total_flops() == pytest.approx(2, abs=0.02)
     assert 3 * look.get_total_flops() == pytest.approx(37.3e9, rel=0.005)
+
+
+@pytest.mark.equation("eq:cifar-doubled", "minigen.layers.conv_of_doubled")
+def test_a_window_of_a_doubled_picture_sees_two_pixels():
+    """Along one axis by the formula; in the plane by a kernel that is a product of two."""
+    with seeded(0):
+        x, w, v = torch.randn(7, dtype=F64), torch.randn(3, dtype=F64), torch.randn(3, dtype=F64)
+    known = torch.cat([x.new_zeros(1), x, x.new_zeros(1)])  # x_{-1} and x_7 are the border
+    even = w[0] * known[:-2] + (w[1] + w[2]) * known[1:-1]
+    odd = (w[0] + w[1]) * known[1:-1] + w[2] * known[2:]
+    y = torch.stack([even, odd], 1).flatten()
+    doubled = torch.nn.functional.pad(x.repeat_interleave(2), (1, 1))
+    assert torch.allclose(y, sum(w[k] * doubled[k : k + 14] for k in range(3)), atol=1e-14)
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
+    conv.weight.data[0, 0] = w[:, None] * v
+    column = conv_of_doubled(x[None, None, :, None].expand(1, 1, 7, 7), conv)[0, 0]  # the same along the other axis
+    assert torch.allclose(column[:, 5], y * v.sum(), atol=1e-14)
 
 
 # Adam
@@ -176,6 +193,43 @@ def test_way_jitter_and_average_of_a_batch(batch, eta, h=1.3, s1=4.0, reach=2500
     for theta in low:
         mean = d * mean + (1 - d) * theta
     assert float(mean.var()) == pytest.approx(s1**2 / (2 * h**2 * reach), rel=0.15)
+
+
+@pytest.mark.equation("eq:cifar-strata")
+@pytest.mark.parametrize("B", [16, 64])
+def test_variance_of_a_batch_with_times_apart_and_evenly_spread(B, n=20_000):
+    """g = m(t) + a(t) * chance, with the moments of the formula by fine quadrature."""
+    a, m = lambda t: 0.1 + 0.2 * t, lambda t: torch.exp(-3 * t)
+    t = (torch.arange(100_000, dtype=F64) + 0.5) / 100_000
+    within, between = float(a(t).square().mean()), float(m(t).var())
+    slope = float(m(t[-1]) - m(t[0]))
+    apart, evenly = (within + between) / B, within / B + slope**2 / (12 * B**2)
+    with seeded(0):
+        u = torch.rand(n, B, dtype=F64), (torch.rand(n, 1, dtype=F64) + torch.arange(B) / B) % 1
+        means = [(m(x) + a(x) * torch.randn(n, B, dtype=F64)).mean(1) for x in u]
+    error = 4 * sqrt(2 / n)  # of a variance, relative
+    assert float(means[0].var()) == pytest.approx(apart, rel=error)
+    assert float(means[1].var()) == pytest.approx(evenly, rel=error)
+    assert apart > 2 * evenly
+    grid = m((torch.arange(B, dtype=F64) + torch.rand(n, 1, dtype=F64, generator=torch.manual_seed(1))) / B).mean(1)
+    assert float(grid.var()) == pytest.approx(slope**2 / (12 * B**2), rel=0.05)
+
+
+@pytest.mark.equation("eq:cifar-strata", "minigen.ddpm.DDPM.times")
+def test_even_times_calm_the_loss_of_ddpm(B=64, batches=2000):
+    """A network that is wrong by u has the loss u**2, whatever the noise: only the times make the batches differ."""
+    zero, noise, variances = torch.zeros(B, 2), DDPM().chain.noise.float(), {}
+
+    def net(x, u):
+        return x / noise[(1000 * u).round().long()][:, None] + u[:, None]
+
+    with seeded(0):
+        for method in (DDPM(), DDPM(stratified=True)):
+            losses = [method.loss(net, zero).mean() for _ in range(batches)]
+            variances[method.stratified] = float(torch.stack(losses).double().var())
+    error = 4 * sqrt(2 / batches)
+    assert variances[False] == pytest.approx(4 / 45 / B, rel=error)  # of u**2
+    assert variances[True] == pytest.approx(1 / (12 * B**2), rel=error + 0.05)
 
 
 @pytest.mark.parametrize("batch", [4, 16])

@@ -139,6 +139,21 @@ def test_loss_is_the_squared_error_of_the_noise_at_uniform_steps():
     assert float(drawn.mean()) == pytest.approx((D.T + 1) / 2, abs=4 * error)
 
 
+@pytest.mark.parametrize(("n", "T"), [(64, 1000), (7, 1000), (50, 20)])
+def test_stratified_steps_are_spread_evenly_and_each_is_uniform(n, T):
+    method, batches = DDPM(T=T, stratified=True), 2000
+    with seeded(0):
+        t = torch.stack([method.times(n) for _ in range(batches)])
+    assert int(t.min()) >= 1 and int(t.max()) <= T
+    ordered = torch.sort(t, dim=1).values
+    gaps = torch.cat([ordered.diff(dim=1), ordered[:, :1] + T - ordered[:, -1:]], dim=1)  # around the circle
+    assert float((gaps - T / n).abs().max()) <= 1
+    for i in (0, n // 2, n - 1):  # one member of a batch, over the batches
+        member = t[:, i].double()
+        assert float(member.mean()) == pytest.approx((T + 1) / 2, abs=4 * (T**2 / 12 / batches) ** 0.5)
+        assert float(member.std()) == pytest.approx(T / 12**0.5, rel=0.05)
+
+
 @pytest.mark.equation("eq:ddpm-score", "minigen.laws.Mixture.score")
 def test_best_prediction_of_the_noise_is_the_score():
     law = two_modes()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from minigen.layers import Dropout, norm
-from minigen.nets import Attention, NetConfig, build, clock_embedding, preset
+from minigen import nets
+from minigen.layers import Dropout, conv_of_doubled, norm
+from minigen.nets import Attention, NetConfig, Upsample, build, clock_embedding, preset
 
 
 def count(net) -> int:
@@ -120,3 +121,30 @@ def test_attention_is_the_same_with_and_without_gradients():
     with torch.no_grad():
         fused = layer(x)
     assert torch.allclose(layer(x), fused, atol=1e-5)
+
+
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (3, 5), (1, 1)])
+def test_doubling_and_convolution_in_one_is_the_same_with_its_gradients(h, w):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 3, padding=1).double()
+    x, v = torch.randn(2, 6, h, w).double().requires_grad_(), torch.randn(2, 4, 2 * h, 2 * w).double()
+    both = [conv(nn.functional.interpolate(x, scale_factor=2.0)), conv_of_doubled(x, conv)]
+    variables = [x, *conv.parameters()]
+    for a, b in zip(*[[y, *torch.autograd.grad(y, variables, v)] for y in both], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("b", "side", "in_one"), [(1, 8, False), (8, 8, True), (32, 4, True), (7, 8, False)])
+def test_upsampling_in_mixed_precision_doubles_and_convolves(b, side, in_one, monkeypatch):
+    torch.manual_seed(0)
+    calls = []
+    monkeypatch.setattr(nets, "conv_of_doubled", lambda *a: calls.append(1) or conv_of_doubled(*a))
+    layer = Upsample(16).to(memory_format=torch.channels_last)
+    x = torch.randn(b, 16, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, torch.zeros(b, 1))
+        usual = layer.conv(nn.functional.interpolate(x, scale_factor=2.0))
+    exact = layer.conv(nn.functional.interpolate(x.float(), scale_factor=2.0))
+    assert bool(calls) == in_one
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    assert (y.float() - exact).norm() < 1.1 * (usual.float() - exact).norm()

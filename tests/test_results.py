@@ -153,11 +153,19 @@ def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["results.py", "run", str(run), "name", *what])
     keep.main()
     result = json.loads((tmp_path / "kept" / "name.json").read_text())
-    assert result["command"].endswith("--groups 2") and str(tmp_path) not in json.dumps(result)
+    assert result["command"].endswith("--groups 2 --T 20") and str(tmp_path) not in json.dumps(result)
     assert [d["network_calls"] for d in result["distances"]] == [2, 3]
     assert [d["step"] for d in result["training"]] == [5, 10]
     assert all(d["frechet_cifar"] > d["frechet_cifar_floor"] > 0 for d in result["distances"] + result["training"])
     assert result["bits"]["bits_n"] == 2 and len(result["curve"]) == 10
+    monkeypatch.setattr(sys, "argv", ["results.py", "large", str(run), "name", "--n", "16", "--row", "ddim:2"])
+    keep.main()
+    more = json.loads((tmp_path / "kept" / "name.json").read_text())
+    assert more["large"]["n"] == 16 and more["large"]["network_calls"] == 2
+    assert more == result | {"large": more["large"]}
+    (tmp_path / "kept" / "name.json").write_text(json.dumps(more | {"command": more["command"] + " --seed 1"}))
+    with pytest.raises(SystemExit, match="tells of another run"):
+        keep.main()
     assert all((tmp_path / "kept" / f"name{end}.png").stat().st_size > 1000 for end in ("", "_training"))
 
 

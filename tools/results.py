@@ -1,12 +1,14 @@
 """Keep what a run gave.
 
   python tools/results.py run RUN NAME --hardware "..." --data "..." [--rows ddim:10 heun:10] [--n 1000]
+  python tools/results.py large RUN NAME [--row heun:10] [--n 10000]
   python tools/results.py curve RUN NAME
 
 ``run`` measures a run and writes book/results/NAME.json (commands, hardware, data, sizes, times, losses, distances by
 sampler and along the training, curve), NAME.png (64 samples) and NAME_training.png (8 samples at each snapshot). The
-chapters read their numbers from there. ``curve`` puts the log of a run into minigen/assets/curves.json, with which
-``python -m minigen compare`` compares. Neither takes a run that is not complete.
+chapters read their numbers from there. ``large`` adds to that file one distance with more samples. ``curve`` puts the
+log of a run into minigen/assets/curves.json, with which ``python -m minigen compare`` compares. All want a run that is
+complete.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from minigen import checkpoint, compare, load, log, measure, nets  # noqa: E402
 from minigen.data import Dataset  # noqa: E402
+from minigen.fit import for_data  # noqa: E402
 from minigen.generate import draw, picture  # noqa: E402
 from minigen.methods import METHODS  # noqa: E402
 from minigen.options import Evaluate  # noqa: E402
@@ -61,6 +64,10 @@ def command(info):
     if (groups := net.get("groups", 32)) != nets.preset(tuple(net["shape"]), net["out"], net["width"]).groups:
         words.append(f"--groups {groups}")
     spec = "folder:PATH" if info["data"]["spec"].startswith("folder:") else info["data"]["spec"]
+    usual = json.loads(json.dumps(asdict(for_data(METHODS[info["method"]](), tuple(net["shape"])))))
+    for k, v in info["method_fields"].items():
+        if k not in ("small_batch", "large_batch") and v != usual[k]:  # the one is said above, the other is the batch
+            words.append(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}"))
     return " ".join(
         [f"python -m minigen train {info['method']} --data {spec} --out RUN --width {info['net']['width']}", *words]
     )
@@ -207,27 +214,36 @@ def keep_curve(a):
     compare.CURVES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def keep_large(a):
+    """Measure a run that is kept once more, with more samples."""
+    info, path, (sampler, steps) = complete(a.run), PLACE / f"{a.name}.json", a.row.split(":")
+    if command(info) != json.loads(path.read_text())["command"]:
+        sys.exit(f"{path} tells of another run than {a.run}")
+    numbers = row(distance(a.run, sampler, int(steps), a))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"large": numbers}, indent=1) + "\n")
+    print(json.dumps(numbers))
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = ap.add_subparsers(required=True)
-    for name, do in (("run", keep_run), ("curve", keep_curve)):
-        sub = words.add_parser(name)
+    subs = {}
+    for name, do in (("run", keep_run), ("large", keep_large), ("curve", keep_curve)):
+        subs[name] = sub = words.add_parser(name)
         sub.add_argument("run", type=Path)
         sub.add_argument("name")
         sub.set_defaults(do=do)
-        if name == "run":
-            sub.add_argument("--hardware", required=True)
-            sub.add_argument("--data", required=True, help="what the data were, in words")
-            sub.add_argument("--rows", nargs="+", default=["ddim:10", "ddim:20", "heun:10"], help="SAMPLER:STEPS")
-            sub.add_argument("--n", type=int, default=1000)
-            sub.add_argument("--bits", type=int, default=0)
-            sub.add_argument(
-                "--memory", nargs="*", type=int, default=[], help="batch sizes of which to measure the memory"
-            )
-            sub.add_argument(
-                "--precision", default="fp32", choices=["fp32", "bf16"], help="of the network while sampling"
-            )
-            sub.add_argument("--device", default="cpu")
+    subs["run"].add_argument("--rows", nargs="+", default=["ddim:10", "ddim:20", "heun:10"], help="SAMPLER:STEPS")
+    subs["large"].add_argument("--row", default="heun:10", help="SAMPLER:STEPS")
+    for name, n in (("run", 1000), ("large", 10_000)):
+        subs[name].add_argument("--n", type=int, default=n)
+        subs[name].add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="while sampling")
+        subs[name].add_argument("--device", default="cpu")
+    sub = subs["run"]
+    sub.add_argument("--hardware", required=True)
+    sub.add_argument("--data", required=True, help="what the data were, in words")
+    sub.add_argument("--bits", type=int, default=0)
+    sub.add_argument("--memory", nargs="*", type=int, default=[], help="batch sizes of which to measure the memory")
     sub = words.add_parser("memory")
     for name, kind in (("method", str), ("device", str), ("width", int), ("batch", int), ("precision", str)):
         sub.add_argument(name, type=kind)
