@@ -3,8 +3,8 @@
     python tools/check_pages.py [--html _build/html] [--shots FOLDER] [--require] [page ...]
 
 Every page is opened wide and phone-wide, in light and in dark mode. Reported: requests that leave the disk, errors on
-the console, formulas that are not set, pictures without a text alternative, pages wider than the window, links into
-nowhere, and frame players that do not move by button and by arrow keys.
+the console, formulas that are not set or cut off, pictures without a text alternative, pages wider than the window,
+links into nowhere, and frame players that do not move by button and by arrow keys.
 """
 import argparse
 import re
@@ -31,6 +31,21 @@ PICTURES = "() => [...document.querySelectorAll('article img')].map(e => e.getAt
 MATH = """() => ({sources: document.querySelectorAll('article .math').length,
   unset: [...document.querySelectorAll('article .math')].filter(e => !e.querySelector('mjx-container')).length,
   errors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length})"""
+# formulas that go on beyond an edge where nobody can scroll to, folds opened for the look
+CUT = """() => {
+  const folds = [...document.querySelectorAll('article details:not([open])')];
+  folds.forEach(f => f.open = true);
+  const cut = [...document.querySelectorAll('article mjx-math')].filter(m => {
+    const right = m.getBoundingClientRect().right;
+    for (let p = m.parentElement; p && p != document.body; p = p.parentElement) {
+      const flow = getComputedStyle(p).overflowX;
+      if (flow == 'auto' || flow == 'scroll') return false;
+      if (flow != 'visible' && right > p.getBoundingClientRect().right + 1) return true;
+    }
+    return right > innerWidth + 1 });
+  const names = cut.map(m => m.parentElement.querySelector('mjx-assistive-mml')?.textContent || '?');
+  folds.forEach(f => f.open = false);
+  return names }"""
 LINKS = "() => [...document.querySelectorAll('article a[href], nav a[href]')].map(e => e.href)"
 WIDTH = "() => [document.documentElement.scrollWidth, window.innerWidth]"
 WIDEST = """() => [...document.querySelectorAll('body *')]
@@ -91,6 +106,8 @@ def page_problems(page, html):
             yield f"MathJax: {said}"
     if math["unset"] or math["errors"]:
         yield f"{math['unset']} formulas not set, {math['errors']} with errors"
+    if cut := page.evaluate(CUT):
+        yield f"{len(cut)} formulas cut off, the first: {cut[0][:60]!r}"
     words = page.evaluate(WORDS)
     for name, pattern in RAW.items():
         if found := re.search(pattern, words):
