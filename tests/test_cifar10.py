@@ -218,18 +218,21 @@ def test_variance_of_a_batch_with_times_apart_and_evenly_spread(B, n=20_000):
 @pytest.mark.equation("eq:cifar-strata", "minigen.ddpm.DDPM.times")
 def test_even_times_calm_the_loss_of_ddpm(B=64, batches=2000):
     """A network that is wrong by u has the loss u**2, whatever the noise: only the times make the batches differ."""
-    zero, noise, variances = torch.zeros(B, 2), DDPM().chain.noise.float(), {}
+    zero, noise = torch.zeros(B, 2), DDPM().chain.noise.float()
 
     def net(x, u):
         return x / noise[(1000 * u).round().long()][:, None] + u[:, None]
 
-    with seeded(0):
-        for method in (DDPM(), DDPM(stratified=True)):
-            losses = [method.loss(net, zero).mean() for _ in range(batches)]
-            variances[method.stratified] = float(torch.stack(losses).double().var())
+    def variance(method, parts):
+        """Of the mean loss of a batch that is cut into parts, each with times of its own."""
+        with seeded(0):
+            losses = [torch.cat([method.loss(net, x) for x in zero.chunk(parts)]).mean() for _ in range(batches)]
+        return float(torch.stack(losses).double().var())
+
     error = 4 * sqrt(2 / batches)
-    assert variances[False] == pytest.approx(4 / 45 / B, rel=error)  # of u**2
-    assert variances[True] == pytest.approx(1 / (12 * B**2), rel=error + 0.05)
+    assert variance(DDPM(), 1) == pytest.approx(4 / 45 / B, rel=error)  # of u**2
+    for parts in (1, 4):
+        assert variance(DDPM(stratified=True), parts) == pytest.approx(parts / (12 * B**2), rel=error + 0.05)
 
 
 @pytest.mark.parametrize("batch", [4, 16])
