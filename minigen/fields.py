@@ -41,7 +41,8 @@ class Kernel:
             return g
         if self.D == 1:
             return g / expand(torch.randn_like(g.flatten(1)[:, 0]).abs().clamp(min=1e-20), x)
-        chi2 = torch.distributions.Chi2(torch.full((len(x),), float(self.D), device=x.device, dtype=x.dtype)).sample()
+        df = torch.full((len(x),), float(self.D), device=x.device, dtype=x.dtype)
+        chi2 = torch.distributions.Chi2(df, validate_args=False).sample()  # to look at df is to wait for the device
         return g * expand((self.D / chi2).sqrt(), x)
 
     def log_weight(self, d2: Tensor, sigma: Tensor | float, n: int) -> Tensor:

@@ -36,6 +36,7 @@ def measure(o: options.Evaluate) -> int:
     if o.bits < 0 or not o.tol > 0:
         raise ValueError(f"--bits must be at least 0 and --tol positive, got {o.bits} and {o.tol}")
     device = pick_device(o.device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, also in convolutions
     run = checkpoint.load(o.run, METHODS, device)
     spec = o.data or run.data
     held, train = load(spec, o.split, offline=o.offline), load(spec, offline=o.offline)

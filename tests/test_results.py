@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,3 +178,20 @@ def test_the_script_of_all_runs_passes_words_on(tmp_path, monkeypatch):
     all_runs.main()
     assert [words[2] for words in said if words[1] == "minigen"] == ["train", "export"] * 2
     assert said[0][-2:] == ["--steps", "10"] and said[1][:2] == ["tools/results.py", "run"]
+
+
+def test_a_method_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    said = []
+
+    def run(*words):
+        said.append([*map(str, words)])
+        if "ddpm" in words:
+            raise subprocess.CalledProcessError(1, words)
+
+    monkeypatch.setattr(all_runs, "run", run)
+    what = ["--data", "digits", "--words", "digits", "--hardware", "none", "--tag", "x", "--methods", "ddpm", "ncsn"]
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path), *what])
+    with pytest.raises(SystemExit, match="failed, see above: ddpm$"):
+        all_runs.main()
+    assert [words[3] for words in said if words[2] == "train"] == ["ddpm", "ncsn"]
+    assert said[-1][:3] == ["-m", "minigen", "export"]

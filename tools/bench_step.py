@@ -315,12 +315,13 @@ def main():
         "batch": {},
     }
     for batch in batches:
+        torch._dynamo.reset()  # else the second batch would be compiled for batches of any size, unlike in training
         times, shares, rates = race(a.device, batch, a.rounds, a.inner or (10 if a.device == "cuda" else 1), sync)
         result["batch"][str(batch)] = summary(times, shares, batch, rates)
-    text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
+        text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
+        if a.out:  # after each batch, whatever comes after
+            a.out.write_text(text + "\n")
     print(text)
-    if a.out:
-        a.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def training(path, a):
 def memory(info, batch, device):
     """Peak memory of two training steps in GB, in a process of its own: of the card, or of the whole process."""
     words = [sys.executable, __file__, "memory", info["method"], device, str(info["net"]["width"]), str(batch)]
-    done = subprocess.run([*words, info["train"]["precision"]], stdout=subprocess.PIPE, text=True, check=True)
+    words += [info["train"]["precision"], *["--compile"] * info["train"]["compile"]]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -135,7 +136,8 @@ def measure_memory(a):
     method = METHODS[a.method]()
     if hasattr(method, "small_batch"):
         method = replace(method, small_batch=a.batch)
-    config = TrainConfig(steps=2, batch=max(a.batch, getattr(method, "large_batch", 0)), precision=a.precision)
+    config = TrainConfig(steps=2, batch=max(a.batch, getattr(method, "large_batch", 0)))
+    config = replace(config, precision=a.precision, compile=a.compile)
     data = Dataset("noise", torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8), 256, True)
     net = nets.build(nets.preset(data.shape, method.out_channels(3), a.width))
     for _ in Trainer(method, net, data, config, a.device):
@@ -247,6 +249,7 @@ def main():
     sub = words.add_parser("memory")
     for name, kind in (("method", str), ("device", str), ("width", int), ("batch", int), ("precision", str)):
         sub.add_argument(name, type=kind)
+    sub.add_argument("--compile", action="store_true")
     sub.set_defaults(do=measure_memory)
     a = ap.parse_args()
     a.do(a)

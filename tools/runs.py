@@ -1,12 +1,12 @@
 """All models on one kind of data, with one network and one budget:
 
-  python tools/runs.py OUT --data cifar10 --words "CIFAR-10" --hardware "one H200" --tag h200 --minutes 9 --device cuda
+  python tools/runs.py OUT --data cifar10 --words "CIFAR-10" --hardware "one H200" --tag h200 --minutes 20 --device cuda
   python tools/runs.py OUT --data folder:PATH --words "..." --hardware "one core" --tag cpu -- --steps 1800 --width 32
 
 For each method: train in OUT/METHOD (a run that is there is continued, a complete one is left alone), measure it
 (tools/results.py run: book/results/cifar10_METHOD_TAG.json and pictures), keep its curve for ``compare`` and export its
 weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer (of pfgm, ``--batch`` would be the crowd of
-charges). Run it again after an interruption.
+charges). A method that fails is named at the end; the others go on. Run it again after an interruption.
 """
 
 import argparse
@@ -21,10 +21,34 @@ USUAL = ["ddim:10", "ddim:20", "ddim:50", "heun:10"]
 
 
 def run(*words):
-    """One command; its failure ends everything."""
+    """One command.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails.
+    """
     words = [sys.executable, *map(str, words)]
     print("+", *words[1:], flush=True)
     subprocess.run(words, cwd=ROOT, check=True)
+
+
+def one(method, a, more):
+    """All that is done for one method."""
+    place, usual = a.out.resolve() / method, ["--data", a.data, "--device", a.device, "--snapshots", 5]
+    if (place / "checkpoint.safetensors").exists():
+        run("-m", "minigen", "train", method, "--out", place, "--resume", *usual)
+    else:
+        budget = ["--minutes", a.minutes] if a.minutes else []
+        run("-m", "minigen", "train", method, "--out", place, "--recipe", "fast", *usual, *budget, *more)
+    if a.train_only:
+        return
+    name, sampling = f"cifar10_{method}_{a.tag}", ["--device", a.device, "--precision", a.precision]
+    what = ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits]
+    rows = ["--rows", *ROWS.get(method, USUAL), "--memory", *a.memory]
+    run("tools/results.py", "run", place, name, *what, *rows, *sampling)
+    run("tools/results.py", "curve", place, name)
+    weights = a.out.resolve() / f"{method}.safetensors"
+    weights.unlink(missing_ok=True)
+    run("-m", "minigen", "export", place, weights)
 
 
 def main():
@@ -45,35 +69,14 @@ def main():
     ap.epilog = "Words after -- go to the trainer."
     dashes = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     a, more = ap.parse_args(sys.argv[1:dashes]), sys.argv[dashes + 1 :]
-    out, usual = a.out.resolve(), ["--data", a.data, "--device", a.device, "--snapshots", 5]
+    failed = []
     for method in a.methods:
-        place = out / method
-        if (place / "checkpoint.safetensors").exists():
-            run("-m", "minigen", "train", method, "--out", place, "--resume", *usual)
-        else:
-            budget = ["--minutes", a.minutes] if a.minutes else []
-            run("-m", "minigen", "train", method, "--out", place, "--recipe", "fast", *usual, *budget, *more)
-        if a.train_only:
-            continue
-        name, what = (
-            f"cifar10_{method}_{a.tag}",
-            ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits],
-        )
-        rows = [
-            "--rows",
-            *ROWS.get(method, USUAL),
-            "--memory",
-            *a.memory,
-            "--device",
-            a.device,
-            "--precision",
-            a.precision,
-        ]
-        run("tools/results.py", "run", out / method, name, *what, *rows)
-        run("tools/results.py", "curve", out / method, name)
-        weights = out / f"{method}.safetensors"
-        weights.unlink(missing_ok=True)
-        run("-m", "minigen", "export", out / method, weights)
+        try:
+            one(method, a, more)
+        except subprocess.CalledProcessError:
+            failed.append(method)
+    if failed:
+        sys.exit(f"failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
