@@ -136,8 +136,8 @@ def measure_memory(a):
     method = METHODS[a.method]()
     if hasattr(method, "small_batch"):
         method = replace(method, small_batch=a.batch)
-    config = TrainConfig(steps=2, batch=max(a.batch, getattr(method, "large_batch", 0)))
-    config = replace(config, precision=a.precision, compile=a.compile)
+    batch = max(a.batch, getattr(method, "large_batch", 0))
+    config = TrainConfig(steps=2, batch=batch, precision=a.precision, compile=a.compile)
     data = Dataset("noise", torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8), 256, True)
     net = nets.build(nets.preset(data.shape, method.out_channels(3), a.width))
     for _ in Trainer(method, net, data, config, a.device):
