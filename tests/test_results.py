@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +25,10 @@ SECTIONS = (
     "What seconds buy",
     "Real runs on one processor core",
     "What more time buys",
+    "What a card buys",
     "With shipped weights",
     "Is your run on track?",
+    "The rate of a card",
 )
 """The headings of the chapter under which prose tells of our own runs."""
 
@@ -170,28 +172,42 @@ def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
     assert all((tmp_path / "kept" / f"name{end}.png").stat().st_size > 1000 for end in ("", "_training"))
 
 
+class Started:
+    """Stands for the commands that tools/runs.py starts: keeps what was said, and lets those with ``bad`` fail."""
+
+    def __init__(self, monkeypatch, path, *options, bad=None):
+        self.said, self.ended, self.bad = [], [], bad
+        monkeypatch.setattr(all_runs, "start", self)
+        what = ["--data", "digits", "--words", "digits", "--hardware", "none", "--tag", "x"]
+        what += ["--methods", "ddpm", "ncsn"]
+        monkeypatch.setattr(sys, "argv", ["runs.py", str(path), *what, *options])
+
+    def __call__(self, *words):
+        self.said.append([*map(str, words)])
+        return SimpleNamespace(wait=lambda: self.ended.append(self.said.index([*map(str, words)])) or self.bad in words)
+
+    def verbs(self):
+        return [words[2 if words[0] == "-m" else 1] for words in self.said]
+
+
 def test_the_script_of_all_runs_passes_words_on(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(all_runs, "run", lambda *words: said.append([*map(str, words)]))
-    what = ["--data", "digits", "--words", "digits", "--hardware", "none", "--tag", "x", "--methods", "ddpm", "ncsn"]
-    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path), *what, "--", "--steps", "10"])
+    started = Started(monkeypatch, tmp_path, "--", "--steps", "10")
     all_runs.main()
-    assert [words[2] for words in said if words[1] == "minigen"] == ["train", "export"] * 2
-    assert said[0][-2:] == ["--steps", "10"] and said[1][:2] == ["tools/results.py", "run"]
+    assert started.verbs() == ["train", "run", "curve", "export"] * 2
+    assert started.said[0][-2:] == ["--steps", "10"] and started.said[1][0] == "tools/results.py"
 
 
-def test_a_method_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    said = []
+def test_all_may_be_trained_together(tmp_path, monkeypatch):
+    started = Started(monkeypatch, tmp_path, "--together")
+    all_runs.main()
+    assert started.verbs() == ["train"] * 2 + ["run", "curve", "export"] * 2
+    assert started.ended == [*range(8)], "a command was not waited for"
 
-    def run(*words):
-        said.append([*map(str, words)])
-        if "ddpm" in words:
-            raise subprocess.CalledProcessError(1, words)
 
-    monkeypatch.setattr(all_runs, "run", run)
-    what = ["--data", "digits", "--words", "digits", "--hardware", "none", "--tag", "x", "--methods", "ddpm", "ncsn"]
-    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path), *what])
+@pytest.mark.parametrize("together", [[], ["--together"]])
+def test_a_method_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, together):
+    started = Started(monkeypatch, tmp_path, *together, bad="ddpm")
     with pytest.raises(SystemExit, match="failed, see above: ddpm$"):
         all_runs.main()
-    assert [words[3] for words in said if words[2] == "train"] == ["ddpm", "ncsn"]
-    assert said[-1][:3] == ["-m", "minigen", "export"]
+    assert [words[3] for words in started.said if words[2] == "train"] == ["ddpm", "ncsn"]
+    assert started.verbs()[-3:] == ["run", "curve", "export"] and started.verbs().count("export") == 1

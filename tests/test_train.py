@@ -180,7 +180,7 @@ def test_recipes():
 
 @pytest.mark.parametrize(
     ("has", "card", "expected"),
-    [(True, (9, 0), ("bf16", 512, True)), (False, (7, 5), ("fp32", 128, True)), (False, (6, 0), ("fp32", 128, False))],
+    [(True, (9, 0), ("bf16", 128, True)), (False, (7, 5), ("fp32", 128, True)), (False, (6, 0), ("fp32", 128, False))],
 )
 def test_the_quick_recipe_asks_of_a_card_what_it_can(monkeypatch, has, card, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -214,8 +214,8 @@ def matrix_rate(device, dtype, sync):
     return 2 * n**3 / min(clock(lambda: a @ b, sync) for _ in range(5)) / 1e12
 
 
-def entrants(device, batch):
-    out = [Ours(device, batch, "fp32"), Ours(device, batch, "bf16")]
+def entrants(device, batch, precisions):
+    out = [Ours(device, batch, precision) for precision in precisions]
     for peer in (TorchCfm, Diffusers):
         try:
             out.append(peer(device, batch))
@@ -224,20 +224,21 @@ def entrants(device, batch):
     return out
 
 
-def race(device, batch, rounds, inner, sync):
+def race(device, batch, rounds, inner, sync, precisions):
     """Times of every entrant at every task in every round, the parts of our loop, and the rate of matrix products."""
-    runners = entrants(device, batch)
+    runners = entrants(device, batch, precisions)
+    ours = [r for r in runners if isinstance(r, Ours)]
     x, noise = torch.randn(2, batch, 3, 32, 32, device=device).unbind()
     args = x, noise, torch.rand(batch, device=device)
     jobs = [(r, task) for r in runners for task in TASKS]
     times = {(r.name, task): [] for r, task in jobs}
-    shares = {r.name: [] for r in runners[:2]}
+    shares = {r.name: [] for r in ours}
     rates = {"fp32": [], "bf16": []}
     for n in range(-1, rounds):  # the first one warms up and is forgotten
         for r, task in random.sample(jobs, len(jobs)):
             repeat = inner if n >= 0 else 2
             times[r.name, task].append(clock(lambda r=r, task=task: getattr(r, task)(*args), sync, repeat))
-        for r in runners[:2]:
+        for r in ours:
             shares[r.name].append(r.overhead(sync))
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             rates[kind].append(matrix_rate(device, dtype, sync))
@@ -248,14 +249,14 @@ def race(device, batch, rounds, inner, sync):
 
 
 def summary(times, shares, batch, rates):
-    names = list(dict.fromkeys(name for name, _ in times))
+    names, ours = list(dict.fromkeys(name for name, _ in times)), list(shares)
     out = {"matrix_tflops": rates, "seconds": {}, "images_per_s": {}, "speed": {}, "overhead_percent": {}}
     for task in TASKS:
         out["seconds"][task] = {n: spread(times[n, task]) for n in names}
         out["images_per_s"][task] = {n: float(f"{batch / median(times[n, task]):.4g}") for n in names}
         out["speed"][task] = {
             f"{a} / {b}": spread([tb / ta for ta, tb in zip(times[a, task], times[b, task])])
-            for a in names[:2] for b in names if b != a
+            for a in ours for b in names if b != a
         }  # fmt: skip
     for name, rows in shares.items():
         parts = {part: spread([100 * p[part] / whole for whole, p in rows]) for part in rows[0][1]}
@@ -263,7 +264,7 @@ def summary(times, shares, batch, rates):
         out["overhead_percent"][name] = parts
     out["fraction_of_matrix_rate"] = {
         n: float(f"{batch / median(times[n, 'loop']) * GFLOP_PER_IMAGE / 1e3 / rates[n.split()[1]]:.3g}")
-        for n in names[:2]
+        for n in ours
     }
     return out
 
@@ -296,6 +297,7 @@ def main():
     ap.add_argument("--threads", type=int, default=2, help="of the CPU")
     ap.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--inner", type=int, help="repetitions in a round: 1 on the CPU, 10 on a GPU")
+    ap.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"), help="of ours")
     ap.add_argument("--out", type=Path)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
@@ -303,12 +305,14 @@ def main():
     if a.device == "cuda":  # as the command train does, for all alike; float32 then means TensorFloat-32
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    more = f" --inner {a.inner}" if a.inner else ""
+    more += f" --precisions {' '.join(a.precisions)}" if len(a.precisions) < 2 else ""
     batches = a.batch or ([128, 512] if a.device == "cuda" else [8])
     result = {
         "what": "Training step, training loop and forward pass of the 35.7M U-Net; speed 'a / b': how often a does "
         "its task while b does it once",
         "command": f"python tools/bench_step.py --rounds {a.rounds} --batch {' '.join(map(str, batches))} --device "
-        f"{a.device} --threads {a.threads}",
+        f"{a.device} --threads {a.threads}{more}",
         "hardware": hardware(a.device, a.threads),
         "versions": versions(),
         "rounds": a.rounds,
@@ -316,7 +320,8 @@ def main():
     }
     for batch in batches:
         torch._dynamo.reset()  # else the second batch would be compiled for batches of any size, unlike in training
-        times, shares, rates = race(a.device, batch, a.rounds, a.inner or (10 if a.device == "cuda" else 1), sync)
+        inner = a.inner or (10 if a.device == "cuda" else 1)
+        times, shares, rates = race(a.device, batch, a.rounds, inner, sync, a.precisions)
         result["batch"][str(batch)] = summary(times, shares, batch, rates)
         text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
         if a.out:  # after each batch, whatever comes after

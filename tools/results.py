@@ -76,8 +76,7 @@ def command(info):
 def complete(path):
     """The description of a run, if it came to its end."""
     _, info = checkpoint.read(path, with_tensors=False)
-    planned = info["train"]
-    if info["step"] < (planned["steps"] or 0) or info["seconds"] < 60 * (planned["minutes"] or 0):
+    if TrainConfig(**info["train"]).progress(info["step"], info["seconds"]) < 1:
         sys.exit(f"{path} is not complete: continue it first")
     return info
 
@@ -110,8 +109,8 @@ def training(path, a):
     rows, pictures = [], []
     for file in sorted((path / "snapshots").glob("*.safetensors")):
         run = load(file, a.device)
-        numbers = distance(file, *a.rows[0], a, data=a.spec)  # a file keeps no path
-        rows.append({"step": run.step, "seconds": round(run.seconds, 1), **row(numbers)})
+        numbers = distance(file, *a.rows[0], a, data=a.spec, n=a.along or a.n)  # a file keeps no path
+        rows.append({"step": run.step, "trained_seconds": round(run.seconds, 1), **row(numbers)})
         choice = {
             "sampler": a.rows[0][0],
             "steps": a.rows[0][1],
@@ -150,11 +149,26 @@ def measure_memory(a):
     print(f"{peak / 1e9:.2f}")
 
 
+def told_by_log(info, rows):
+    """What the log of a run tells of its length, its speed and its loss."""
+    step, seconds, per_step = int(rows[-1]["step"]), rows[-1]["seconds"], compare.points(info)
+    return {
+        "steps": step,
+        "batch": info["train"]["batch"],
+        "images_per_step": per_step,
+        "images_seen": step * per_step,
+        "minutes": seconds / 60,
+        "images_per_second": median(r["images_per_s"] for r in rows),
+        "loss_first": fmean([r["loss"] for r in rows if r["step"] <= 100] or [rows[0]["loss"]]),
+        "loss_last": fmean(r["loss"] for r in rows if r["step"] > step - min(500, step // 5)),
+        "curve": [[int(r["step"]), round(r["loss"], 5)] for r in rows],
+    }
+
+
 def keep_run(a):
     """Measure and write."""
     info, run = complete(a.run), load(a.run, a.device)
-    per_step, a.spec = compare.points(info), info["data"]["spec"]
-    rows = log.read(a.run / "log.csv")
+    a.spec = info["data"]["spec"]
     a.rows = [(name, int(steps)) for name, steps in (word.split(":") for word in a.rows)]
     numbers = [distance(a.run, *a.rows[0], a, floor=True)]
     numbers += [distance(a.run, *sampler, a) for sampler in a.rows[1:]]
@@ -168,6 +182,8 @@ def keep_run(a):
     along, pictures = training(a.run, a)
     if pictures:
         picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
+    told = told_by_log(info, log.read(a.run / "log.csv"))
+    curve = told.pop("curve")
     result = {
         "command": command(info),
         "evaluate": "python -m minigen evaluate RUN"
@@ -177,21 +193,14 @@ def keep_run(a):
         "data": a.data,
         "images": info["data"]["n"],
         "weights": sum(p.numel() for p in run.net.parameters()),
-        "steps": run.step,
-        "batch": info["train"]["batch"],
-        "images_per_step": per_step,
-        "images_seen": run.step * per_step,
-        "minutes": run.seconds / 60,
-        "images_per_second": median(r["images_per_s"] for r in rows),
-        "loss_first": fmean([r["loss"] for r in rows if r["step"] <= 100] or [rows[0]["loss"]]),
-        "loss_last": fmean(r["loss"] for r in rows if r["step"] > run.step - min(500, run.step // 5)),
+        **told,
         "sampler": f"{best[0]}, {calls:g} evaluations, EMA weights, seed 0",
         "distances": [row(n) for n in numbers],
         "floor_curve": {k: v for k, v in numbers[0].items() if k.endswith("_floor_curve")},
         "bits": {k: v for k, v in bits.items() if k.startswith("bits_")},
         "training": along,
         "memory_gb": {},
-        "curve": [[int(r["step"]), round(r["loss"], 5)] for r in rows],
+        "curve": curve,
     }
     for batch in [None, *a.memory]:  # what is measured is written, whatever comes after
         if batch:
@@ -245,6 +254,7 @@ def main():
     sub.add_argument("--hardware", required=True)
     sub.add_argument("--data", required=True, help="what the data were, in words")
     sub.add_argument("--bits", type=int, default=0)
+    sub.add_argument("--along", type=int, help="samples at each snapshot, if not as many as at the end")
     sub.add_argument("--memory", nargs="*", type=int, default=[], help="batch sizes of which to measure the memory")
     sub = words.add_parser("memory")
     for name, kind in (("method", str), ("device", str), ("width", int), ("batch", int), ("precision", str)):

@@ -7,6 +7,9 @@ For each method: train in OUT/METHOD (a run that is there is continued, a comple
 (tools/results.py run: book/results/cifar10_METHOD_TAG.json and pictures), keep its curve for ``compare`` and export its
 weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer (of pfgm, ``--batch`` would be the crowd of
 charges). A method that fails is named at the end; the others go on. Run it again after an interruption.
+
+A card waits for the processor where the network is small: ``--together`` trains all methods at once (and leaves the
+processor alone otherwise: each run needs a core of its own to keep the card busy).
 """
 
 import argparse
@@ -20,28 +23,36 @@ ROWS = {"ncsn": ["ddim:10", "ddim:20", "ddim:50"]}
 USUAL = ["ddim:10", "ddim:20", "ddim:50", "heun:10"]
 
 
+def start(*words):
+    """One command, in a process of its own."""
+    words = [sys.executable, *map(str, words)]
+    print("+", *words[1:], flush=True)
+    return subprocess.Popen(words, cwd=ROOT)
+
+
 def run(*words):
-    """One command.
+    """One command, to its end.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
     """
-    words = [sys.executable, *map(str, words)]
-    print("+", *words[1:], flush=True)
-    subprocess.run(words, cwd=ROOT, check=True)
+    if code := start(*words).wait():
+        raise subprocess.CalledProcessError(code, words)
 
 
-def one(method, a, more):
-    """All that is done for one method."""
+def train(method, a, more):
+    """The training of one method, begun or continued."""
     place, usual = a.out.resolve() / method, ["--data", a.data, "--device", a.device, "--snapshots", 5]
     if (place / "checkpoint.safetensors").exists():
-        run("-m", "minigen", "train", method, "--out", place, "--resume", *usual)
-    else:
-        budget = ["--minutes", a.minutes] if a.minutes else []
-        run("-m", "minigen", "train", method, "--out", place, "--recipe", "fast", *usual, *budget, *more)
-    if a.train_only:
-        return
-    name, sampling = f"cifar10_{method}_{a.tag}", ["--device", a.device, "--precision", a.precision]
+        return start("-m", "minigen", "train", method, "--out", place, "--resume", *usual)
+    budget = ["--minutes", a.minutes] if a.minutes else []
+    return start("-m", "minigen", "train", method, "--out", place, "--recipe", "fast", *usual, *budget, *more)
+
+
+def keep(method, a):
+    """All that follows the training of one method."""
+    place, name = a.out.resolve() / method, f"cifar10_{method}_{a.tag}"
+    sampling = ["--device", a.device, "--precision", a.precision]
     what = ["--hardware", a.hardware, "--data", a.words, "--n", a.n, "--bits", a.bits]
     rows = ["--rows", *ROWS.get(method, USUAL), "--memory", *a.memory]
     run("tools/results.py", "run", place, name, *what, *rows, *sampling)
@@ -66,13 +77,18 @@ def main():
     ap.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the network while sampling")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--train-only", action="store_true")
+    ap.add_argument("--together", action="store_true", help="train all methods at once, then measure one by one")
     ap.epilog = "Words after -- go to the trainer."
     dashes = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     a, more = ap.parse_args(sys.argv[1:dashes]), sys.argv[dashes + 1 :]
-    failed = []
+    failed, begun = [], {m: train(m, a, more) for m in a.methods} if a.together else {}
+    ended = {m: process.wait() for m, process in begun.items()}
     for method in a.methods:
         try:
-            one(method, a, more)
+            if ended[method] if a.together else train(method, a, more).wait():
+                failed.append(method)
+            elif not a.train_only:
+                keep(method, a)
         except subprocess.CalledProcessError:
             failed.append(method)
     if failed:
