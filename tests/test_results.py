@@ -23,7 +23,7 @@ FILES = sorted(RESULTS.glob("*.json"))
 
 SECTIONS = (
     "What seconds buy",
-    "Real runs on one processor core",
+    "Real runs",
     "What more time buys",
     "What a card buys",
     "With shipped weights",
@@ -125,7 +125,7 @@ def test_a_stray_number_is_seen():
 ## Other
 Here 12345.6 is no concern.
 
-## Real runs on one processor core
+## Real runs
 The distance is 17.42, at 1,800 steps; the loss fell to 0.035. In $x=3.7$ and `--lr 99` nothing is claimed.
 
 ```python
@@ -135,7 +135,7 @@ print(55.5)
 ## Next
 And 77.7 is outside.
 """
-    found = prose(text, ("Real runs on one processor core",))
+    found = prose(text, ("Real runs",))
     assert numbers(found) == ["17.42", "1800", "0.035"]
     assert strays(found, [1800.0, 0.03461], set()) == ["17.42"]
     assert strays(found, [17.4249, 1800.0, 0.03461], set()) == []

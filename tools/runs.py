@@ -8,8 +8,8 @@ For each method: train in OUT/METHOD (a run that is there is continued, a comple
 weights to OUT/METHOD.safetensors. Words after ``--`` go to the trainer (of pfgm, ``--batch`` would be the crowd of
 charges). A method that fails is named at the end; the others go on. Run it again after an interruption.
 
-A card waits for the processor where the network is small: ``--together`` trains all methods at once (and leaves the
-processor alone otherwise: each run needs a core of its own to keep the card busy).
+A card waits for the processor where the network is small: ``--together`` trains all methods at once. Each run needs a
+processor core of its own; start nothing else beside them.
 """
 
 import argparse
