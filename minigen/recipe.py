@@ -126,7 +126,7 @@ def preset(
 
 
 def _fast(device: str, steps: int | None) -> TrainConfig:
-    """For images: 20 minutes, or so many steps; batches of 16 on a processor, where small ones cost little more, or 128.
+    """For images: 20 minutes, or so many steps; batches of 16 on a processor, where they cost little more; or 128.
 
     On an H200 DDPM in batches of 512 saw more pictures than in batches of 128, and ended with the larger loss, after
     three and a half minutes at half of the width (book/results/cifar10_ddpm_512_gpu.json and cifar10_ddpm_gpu.json).
