@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from minigen.__main__ import main
+from minigen.recipe import TrainConfig
 from tools import results as keep
 from tools import runs as all_runs
 
@@ -153,12 +155,14 @@ def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
     assert main(["train", "ddpm", "--data", f"folder:{tmp_path}", "--out", str(run), *words, *more]) == 0
     monkeypatch.setattr(keep, "PLACE", tmp_path / "kept")
     what = ["--hardware", "a processor", "--data", "noise", "--n", "8", "--rows", "ddim:2", "ddim:3", "--bits", "2"]
+    what += ["--along", "6"]
     monkeypatch.setattr(sys, "argv", ["results.py", "run", str(run), "name", *what])
     keep.main()
     result = json.loads((tmp_path / "kept" / "name.json").read_text())
     assert result["command"].endswith("--groups 2 --T 20") and str(tmp_path) not in json.dumps(result)
     assert [d["network_calls"] for d in result["distances"]] == [2, 3]
-    assert [d["step"] for d in result["training"]] == [5, 10]
+    assert [(d["step"], d["n"]) for d in result["training"]] == [(5, 6), (10, 6)]
+    assert 0 < result["training"][0]["trained_seconds"] <= result["training"][1]["trained_seconds"]
     assert all(d["frechet_cifar"] > d["frechet_cifar_floor"] > 0 for d in result["distances"] + result["training"])
     assert result["bits"]["bits_n"] == 2 and len(result["curve"]) == 10
     monkeypatch.setattr(sys, "argv", ["results.py", "large", str(run), "name", "--n", "16", "--row", "ddim:2"])
@@ -172,6 +176,15 @@ def test_a_run_on_a_folder_is_measured_and_kept(tmp_path, monkeypatch):
     assert all((tmp_path / "kept" / f"name{end}.png").stat().st_size > 1000 for end in ("", "_training"))
 
 
+def test_a_run_with_two_ends_is_complete_at_the_first(monkeypatch):
+    info = {"train": asdict(TrainConfig(steps=100, minutes=1.0)), "step": 40, "seconds": 60.0}
+    monkeypatch.setattr(keep.checkpoint, "read", lambda path, with_tensors: (None, info))
+    assert keep.complete("run") is info
+    info["seconds"] = 59.0
+    with pytest.raises(SystemExit, match="run is not complete"):
+        keep.complete("run")
+
+
 class Started:
     """Stands for the commands that tools/runs.py starts: keeps what was said, and lets those with ``bad`` fail."""
 
@@ -183,8 +196,14 @@ class Started:
         monkeypatch.setattr(sys, "argv", ["runs.py", str(path), *what, *options])
 
     def __call__(self, *words):
+        number = len(self.said)
         self.said.append([*map(str, words)])
-        return SimpleNamespace(wait=lambda: self.ended.append(self.said.index([*map(str, words)])) or self.bad in words)
+
+        def wait():
+            self.ended.append(number)
+            return int(self.bad in words)
+
+        return SimpleNamespace(wait=wait)
 
     def verbs(self):
         return [words[2 if words[0] == "-m" else 1] for words in self.said]

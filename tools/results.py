@@ -182,8 +182,6 @@ def keep_run(a):
     along, pictures = training(a.run, a)
     if pictures:
         picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
-    told = told_by_log(info, log.read(a.run / "log.csv"))
-    curve = told.pop("curve")
     result = {
         "command": command(info),
         "evaluate": "python -m minigen evaluate RUN"
@@ -193,14 +191,13 @@ def keep_run(a):
         "data": a.data,
         "images": info["data"]["n"],
         "weights": sum(p.numel() for p in run.net.parameters()),
-        **told,
         "sampler": f"{best[0]}, {calls:g} evaluations, EMA weights, seed 0",
         "distances": [row(n) for n in numbers],
         "floor_curve": {k: v for k, v in numbers[0].items() if k.endswith("_floor_curve")},
         "bits": {k: v for k, v in bits.items() if k.startswith("bits_")},
         "training": along,
         "memory_gb": {},
-        "curve": curve,
+        **told_by_log(info, log.read(a.run / "log.csv")),
     }
     for batch in [None, *a.memory]:  # what is measured is written, whatever comes after
         if batch:

@@ -85,7 +85,8 @@ def main():
     ended = {m: process.wait() for m, process in begun.items()}
     for method in a.methods:
         try:
-            if ended[method] if a.together else train(method, a, more).wait():
+            code = ended[method] if a.together else train(method, a, more).wait()
+            if code:
                 failed.append(method)
             elif not a.train_only:
                 keep(method, a)
