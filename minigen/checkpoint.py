@@ -85,7 +85,11 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) ->
     path = Path(path)
     part = path.with_name(path.name + ".part")
     text = json.dumps({"format": FORMAT, **info})
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode  # what the umask gives; safetensors would let nobody else read the file
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"minigen": text})
+    part.chmod(mode)
     with part.open("rb+") as f:
         os.fsync(f.fileno())
     part.replace(path)

@@ -1,6 +1,7 @@
 """Training: schedules, averages, and above all that stopping and continuing changes nothing."""
 
 import json
+import os
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -300,6 +301,19 @@ def test_configurations_survive_json(saved):
     assert checkpoint.construct(TrainConfig, info["train"], file) == t.config
     assert checkpoint.construct(nets.NetConfig, info["net"], file) == t.net.config
     assert checkpoint.construct_method(info, METHODS, file) == t.method
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are those of Unix")
+def test_a_checkpoint_may_be_read_by_whom_the_umask_allows(saved, tmp_path):
+    _, file = saved
+    tensors, info = checkpoint.read(file)
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            checkpoint.write(tmp_path / "shared.safetensors", tensors, info)
+        finally:
+            os.umask(before)
+        assert (tmp_path / "shared.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 3000, -1])

@@ -13,7 +13,9 @@ Entrants: ours in float32 and in bf16, as `Trainer` runs them; torchcfm's UNetMo
 of its CIFAR-10 example (Adam, warmup, clipping, EMA over the state dict); diffusers' UNet2DModel with the configuration
 of google/ddpm-cifar10-32, with the dropout of 0.1 that the others have (that file leaves it out, which would save it
 about 5 %), and the loop of its unconditional example (AdamW, cosine, clipping, EMAModel). The peers get their batches
-ready on the device: their data loaders and progress bars are not counted against them.
+ready on the device: their data loaders and progress bars are not counted against them. On a card they run as PyTorch
+sets itself: TensorFloat-32 in convolutions only, and no search for the fastest program. ``--favored`` gives them both,
+as ours has it.
 
 Needs the peers:  pip install diffusers torchcfm  (or, for the network alone: pip install --no-deps torchcfm pot)
 """
@@ -214,6 +216,13 @@ def matrix_rate(device, dtype, sync):
     return 2 * n**3 / min(clock(lambda: a @ b, sync) for _ in range(5)) / 1e12
 
 
+def favor(device, on):
+    """On a card: TensorFloat-32 in all products and a search for the fastest convolution, as `minigen train` does."""
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = on
+        torch.set_float32_matmul_precision("high" if on else "highest")
+
+
 def entrants(device, batch, precisions):
     out = [Ours(device, batch, precision) for precision in precisions]
     for peer in (TorchCfm, Diffusers):
@@ -224,7 +233,7 @@ def entrants(device, batch, precisions):
     return out
 
 
-def race(device, batch, rounds, inner, sync, precisions):
+def race(device, batch, rounds, inner, sync, precisions, favored):
     """Times of every entrant at every task in every round, the parts of our loop, and the rate of matrix products."""
     runners = entrants(device, batch, precisions)
     ours = [r for r in runners if isinstance(r, Ours)]
@@ -237,7 +246,9 @@ def race(device, batch, rounds, inner, sync, precisions):
     for n in range(-1, rounds):  # the first one warms up and is forgotten
         for r, task in random.sample(jobs, len(jobs)):
             repeat = inner if n >= 0 else 2
+            favor(device, favored or isinstance(r, Ours))
             times[r.name, task].append(clock(lambda r=r, task=task: getattr(r, task)(*args), sync, repeat))
+        favor(device, True)
         for r in ours:
             shares[r.name].append(r.overhead(sync))
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -298,14 +309,13 @@ def main():
     ap.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--inner", type=int, help="repetitions in a round: 1 on the CPU, 10 on a GPU")
     ap.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"), help="of ours")
+    ap.add_argument("--favored", action="store_true", help="on a card: the peers too have what ours switches on")
     ap.add_argument("--out", type=Path)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     sync = torch.cuda.synchronize if a.device == "cuda" else lambda: None
-    if a.device == "cuda":  # as the command train does, for all alike; float32 then means TensorFloat-32
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
     more = f" --inner {a.inner}" if a.inner else ""
+    more += " --favored" if a.favored else ""
     more += f" --precisions {' '.join(a.precisions)}" if len(a.precisions) < 2 else ""
     batches = a.batch or ([128, 512] if a.device == "cuda" else [8])
     result = {
@@ -321,7 +331,7 @@ def main():
     for batch in batches:
         torch._dynamo.reset()  # else the second batch would be compiled for batches of any size, unlike in training
         inner = a.inner or (10 if a.device == "cuda" else 1)
-        times, shares, rates = race(a.device, batch, a.rounds, inner, sync, a.precisions)
+        times, shares, rates = race(a.device, batch, a.rounds, inner, sync, a.precisions, a.favored)
         result["batch"][str(batch)] = summary(times, shares, batch, rates)
         text = re.sub(r"\[\s+(\S+)\s+(\S+)\s+\]", r"[\1 \2]", json.dumps(result, indent=1))  # quartiles on one line
         if a.out:  # after each batch, whatever comes after

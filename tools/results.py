@@ -166,22 +166,10 @@ def told_by_log(info, rows):
 
 
 def keep_run(a):
-    """Measure and write."""
+    """Measure and write; what is measured is written at once, whatever comes after."""
     info, run = complete(a.run), load(a.run, a.device)
     a.spec = info["data"]["spec"]
     a.rows = [(name, int(steps)) for name, steps in (word.split(":") for word in a.rows)]
-    numbers = [distance(a.run, *a.rows[0], a, floor=True)]
-    numbers += [distance(a.run, *sampler, a) for sampler in a.rows[1:]]
-    bits = distance(a.run, *a.rows[0], a, n=16, bits=a.bits, features="none") if a.bits else {}
-    name = f"frechet_{numbers[0]['features']}"
-    best = a.rows[min(range(len(a.rows)), key=lambda i: numbers[i][name])]
-    choice = {"sampler": best[0], "steps": best[1], "seed": 0, "device": a.device, "precision": a.precision}
-    samples, calls = draw(run.method, run.net, (64, *run.shape), **choice)
-    PLACE.mkdir(exist_ok=True)
-    picture(samples, PLACE / f"{a.name}.png")
-    along, pictures = training(a.run, a)
-    if pictures:
-        picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
     result = {
         "command": command(info),
         "evaluate": "python -m minigen evaluate RUN"
@@ -191,19 +179,47 @@ def keep_run(a):
         "data": a.data,
         "images": info["data"]["n"],
         "weights": sum(p.numel() for p in run.net.parameters()),
-        "sampler": f"{best[0]}, {calls:g} evaluations, EMA weights, seed 0",
-        "distances": [row(n) for n in numbers],
-        "floor_curve": {k: v for k, v in numbers[0].items() if k.endswith("_floor_curve")},
-        "bits": {k: v for k, v in bits.items() if k.startswith("bits_")},
-        "training": along,
+        "sampler": None,
+        "distances": [],
+        "floor_curve": {},
+        "bits": {},
+        "training": [],
         "memory_gb": {},
         **told_by_log(info, log.read(a.run / "log.csv")),
     }
-    for batch in [None, *a.memory]:  # what is measured is written, whatever comes after
-        if batch:
-            result["memory_gb"][str(batch)] = memory(info, batch, a.device)
+
+    def keep():
+        PLACE.mkdir(exist_ok=True)
         (PLACE / f"{a.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    for i, sampler in enumerate(a.rows):
+        numbers = distance(a.run, *sampler, a, floor=i == 0)
+        result["distances"].append(row(numbers))
+        result["floor_curve"] |= {k: v for k, v in numbers.items() if k.endswith("_floor_curve")}
+        keep()
+    result["sampler"] = best_samples(run, result["distances"], a)
+    result["training"], pictures = training(a.run, a)
+    if pictures:
+        picture(torch.cat(pictures), PLACE / f"{a.name}_training.png")
+    keep()
+    if a.bits:
+        numbers = distance(a.run, *a.rows[0], a, n=16, bits=a.bits, features="none")
+        result["bits"] = {k: v for k, v in numbers.items() if k.startswith("bits_")}
+    for batch in a.memory:
+        keep()
+        result["memory_gb"][str(batch)] = memory(info, batch, a.device)
+    keep()
     print(json.dumps({k: v for k, v in result.items() if k != "curve"}, indent=1))
+
+
+def best_samples(run, distances, a):
+    """A picture of samples by the sampler with the least distance; says which."""
+    name = f"frechet_{distances[0]['features']}"
+    sampler, steps = a.rows[min(range(len(a.rows)), key=lambda i: distances[i][name])]
+    choice = {"sampler": sampler, "steps": steps, "seed": 0, "device": a.device, "precision": a.precision}
+    samples, calls = draw(run.method, run.net, (64, *run.shape), **choice)
+    picture(samples, PLACE / f"{a.name}.png")
+    return f"{sampler}, {calls:g} evaluations, EMA weights, seed 0"
 
 
 def keep_curve(a):
