@@ -48,6 +48,17 @@ def test_executed_in_order_and_clean(md):
             assert not re.search(r"/(root|home|tmp|Users)/", shown), shown
 
 
+MEANT = ("entropy falls:", "detailed balance:", "the rule gives the published eps", "noise left in the schedule:")
+"""Claims that are printed to be found false."""
+
+
+@each_chapter
+def test_printed_claims_hold(md):
+    """Cells print what the text says with True; a False that nobody meant is an error of the cell or of the text."""
+    shown = "".join(out.get("text", "") for cell in chapters.code(notebook(md)) for out in cell.outputs)
+    assert [line for line in shown.splitlines() if "False" in line and not line.strip().startswith(MEANT)] == []
+
+
 @each_chapter
 def test_no_myst_left(md):
     for cell in notebook(md).cells:

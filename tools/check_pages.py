@@ -3,8 +3,8 @@
     python tools/check_pages.py [--html _build/html] [--shots FOLDER] [--require] [page ...]
 
 Every page is opened wide and phone-wide, in light and in dark mode. Reported: requests that leave the disk, errors on
-the console, formulas that are not set or cut off, pictures without a text alternative, pages wider than the window,
-links into nowhere, and frame players that do not move by button and by arrow keys.
+the console, formulas that are not set, cut off or wider than the page, pictures without a text alternative, pages wider
+than the window, links into nowhere, and frame players that do not move by button and by arrow keys.
 """
 import argparse
 import re
@@ -46,6 +46,15 @@ CUT = """() => {
   const names = cut.map(m => m.parentElement.querySelector('mjx-assistive-mml')?.textContent || '?');
   folds.forEach(f => f.open = false);
   return names }"""
+# formulas on lines of their own that are wider than their place: one has to scroll to read them
+WIDE = """() => {
+  const folds = [...document.querySelectorAll('article details:not([open])')];
+  folds.forEach(f => f.open = true);
+  const wide = [...document.querySelectorAll('article div.math mjx-container')]
+    .filter(c => c.scrollWidth > c.clientWidth + 8)
+    .map(c => c.querySelector('mjx-assistive-mml')?.textContent || '?');
+  folds.forEach(f => f.open = false);
+  return wide }"""
 LINKS = "() => [...document.querySelectorAll('article a[href], nav a[href]')].map(e => e.href)"
 WIDTH = "() => [document.documentElement.scrollWidth, window.innerWidth]"
 WIDEST = """() => [...document.querySelectorAll('body *')]
@@ -108,6 +117,8 @@ def page_problems(page, html):
         yield f"{math['unset']} formulas not set, {math['errors']} with errors"
     if cut := page.evaluate(CUT):
         yield f"{len(cut)} formulas cut off, the first: {cut[0][:60]!r}"
+    if wide := page.evaluate(WIDE):
+        yield f"{len(wide)} formulas wider than the page, the first: {wide[0][:60]!r}"
     words = page.evaluate(WORDS)
     for name, pattern in RAW.items():
         if found := re.search(pattern, words):
