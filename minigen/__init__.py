@@ -32,11 +32,11 @@ def load(path: str | Path, device: str = "cpu") -> Run:
 
     Args:
         path: the folder or the file.
-        device: where to put the network.
+        device: where to put the network; ``auto`` is a CUDA device if there is one.
 
     Raises:
         CheckpointError: if there is none, or it cannot be used.
     """
-    from . import checkpoint, methods
+    from . import checkpoint, methods, processes
 
-    return checkpoint.load(path, methods.METHODS, device)
+    return checkpoint.load(path, methods.METHODS, processes.pick_device(device) if device == "auto" else device)

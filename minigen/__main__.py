@@ -25,7 +25,7 @@ usage: python -m minigen COMMAND ... (COMMAND --help shows all options)
   export RUN NAME.safetensors          the averaged weights alone, in half precision, to share
   plot RUN                             draw the log to RUN/loss.png
 """
-EXTRA = ("accelerate", "safetensors", "torchmetrics", "tqdm", "tyro")
+EXTRA = ("accelerate", "filelock", "safetensors", "torchmetrics", "tqdm", "tyro")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,11 @@ from .core import Method
 from .nets import NetConfig, build
 
 FORMAT = 1
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "method": str, "method_fields": dict, "net": dict, "train": dict, "data": dict,
+    "step": int, "seconds": (int, float), "count": int,
+}  # fmt: skip
+"""What the header of a checkpoint holds."""
 NAME = "checkpoint.safetensors"
 T = TypeVar("T")
 
@@ -64,12 +69,10 @@ def load(path: str | Path, methods: Mapping[str, type[Method]], device: torch.de
     """
     tensors, info = read(path)
     method = construct_method(info, methods, path)
-    data, config = info["data"], info["net"]
-    if not isinstance(data, dict) or not {"spec", "bins"} <= set(data):
-        raise CheckpointError(f"{path} does not say what it was trained on: it is no complete checkpoint")
-    net = build(construct(NetConfig, config, path))
+    net = construct_net(info, path)
     restore(net, tensors, "ema.", path)
     net = net.requires_grad_(False).eval().to(device)
+    data = info["data"]
     return Run(method, net, net.config.shape, data["spec"], data["bins"], info["step"], info["seconds"])
 
 
@@ -79,20 +82,30 @@ def find(path: str | Path) -> Path:
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Write ``tensors`` and ``info`` (plain JSON values) so that ``path`` is always the whole old file or the new."""
+    """Write ``tensors`` and ``info`` (plain JSON values) so that ``path`` is always the whole old file or the new.
+
+    Raises:
+        OSError: if it cannot be written; the old file, if there is one, stays.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     part = path.with_name(path.name + ".part")
     text = json.dumps({"format": FORMAT, **info})
     part.unlink(missing_ok=True)
-    part.touch()
-    mode = part.stat().st_mode  # what the umask gives; safetensors would let nobody else read the file
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"minigen": text})
-    part.chmod(mode)
-    with part.open("rb+") as f:
-        os.fsync(f.fileno())
-    part.replace(path)
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask gives; safetensors would let nobody else read the file
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"minigen": text})
+        part.chmod(mode)
+        with part.open("rb+") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    except SafetensorError as e:
+        raise OSError(f"cannot write {path} (what was there before stays): {e}") from e
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def export(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any], kind: torch.dtype) -> None:
@@ -123,18 +136,26 @@ def read(path: str | Path, with_tensors: bool = True) -> tuple[dict[str, Tensor]
     file = find(path)
     if not file.is_file():
         raise CheckpointError(f"{path} is not a run: there is no {file}")
+    if not os.access(file, os.R_OK):
+        raise CheckpointError(f"{file} may not be read: ask its owner to change its permissions")
     try:
         with safe_open(file, framework="pt") as f:
             info = json.loads((f.metadata() or {}).get("minigen", "null"))
             tensors = {k: f.get_tensor(k) for k in f.keys()} if with_tensors else {}  # noqa: SIM118, not a dict
     except (SafetensorError, ValueError, OSError) as e:
-        raise CheckpointError(f"{file} is damaged or not a checkpoint: restore it from a copy, or train again") from e
+        raise CheckpointError(
+            f"{file} is damaged or not a checkpoint: restore it from a copy, or remove it and train again"
+        ) from e
     if not isinstance(info, dict):
         raise CheckpointError(f"{file} was not written by minigen")
     if info.get("format") != FORMAT:
         raise CheckpointError(f"{file} has format {info.get('format')}, this minigen reads {FORMAT}: use that version")
-    if missing := {"method", "method_fields", "net", "train", "data", "step", "seconds", "count"} - set(info):
+    if missing := set(PARTS) - set(info):
         raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}: it is no complete checkpoint")
+    if wrong := [name for name, kind in PARTS.items() if not isinstance(info[name], kind)]:
+        raise CheckpointError(f"{file} is no checkpoint of minigen: its {', '.join(wrong)} is of another kind")
+    if not {"spec", "n", "bins"} <= set(info["data"]):
+        raise CheckpointError(f"{file} does not say what it was trained on: it is no complete checkpoint")
     return tensors, info
 
 
@@ -148,6 +169,19 @@ def construct(cls: type[T], fields: dict[str, Any], path: str | Path) -> T:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path} does not fit this version of {cls.__name__}: {e}") from e
+
+
+def construct_net(info: dict[str, Any], path: str | Path) -> nn.Module:
+    """The network that a checkpoint describes, with weights that are still random.
+
+    Raises:
+        CheckpointError: if there is no such network.
+    """
+    config = construct(NetConfig, info["net"], path)
+    try:
+        return build(config)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{path} describes no network that can be built: {e}") from e
 
 
 def construct_method(info: dict[str, Any], methods: Mapping[str, type[Method]], path: str | Path) -> Method:

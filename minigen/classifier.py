@@ -8,6 +8,7 @@ the contract of the methods, so it has a short training loop of its own.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -199,6 +200,8 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
 
     if not Path(path).is_file():
         raise ValueError(f"there is no classifier {path}: make one with python -m minigen train classifier")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} may not be read: ask its owner to change its permissions")
     try:
         with safe_open(path, framework="pt") as f:
             info = json.loads((f.metadata() or {}).get("minigen", "{}"))

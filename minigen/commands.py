@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from . import checkpoint, classifier, generate, laws, nets
 from .core import Crowd, Method, seeded
-from .data import load
+from .data import Dataset, load
 from .fit import fit, for_data
 from .methods import METHODS
 from .processes import pick_device
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
     from . import options
 
 
+WRITTEN = ("config.json", "log.csv", "samples", "snapshots")
+"""What a run writes into its folder beside the checkpoint."""
+
+
 def train(o: options.Train[Method]) -> int:
     """Start a run or continue it; returns the exit code."""
     for name in ("sample_every", "save_every", "save_minutes", "snapshots"):
         if getattr(o, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(o, name)}")
+    if o.out.exists() and not o.out.is_dir():
+        raise ValueError(f"{o.out} is a file: --out names the folder of the run")
     trainer = _continued(o) if o.resume else _new(o)
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change: let it find the fastest kernels once
@@ -37,13 +44,16 @@ def train(o: options.Train[Method]) -> int:
 def _new(o: options.Train[Method]) -> Trainer:
     if (o.out / checkpoint.NAME).exists() and checkpoint.read(o.out, with_tensors=False)[1]["step"] > 0:
         raise ValueError(f"{o.out} already holds a run: add --resume to continue it, or choose another --out")
+    others = [name for name in WRITTEN if (o.out / name).exists()]
+    if others and not (o.out / checkpoint.NAME).exists():
+        raise ValueError(f"{o.out} holds {', '.join(others)} and no run: choose another --out, nothing is overwritten")
     if o.data is None:
         raise ValueError(f"--data is missing: cifar10, digits, folder:PATH, {', '.join(laws.LAWS)}")
     given, device = _given(o), pick_device(o.device).type
     replace(TrainConfig(), **given)  # what is wrong shows before the data are read
     if o.minutes and o.steps is None:
         given["steps"] = None
-    data = load(o.data, offline=o.offline)
+    data = _flipped(load(o.data, offline=o.offline), o.flip)
     method = for_data(o.method, data.shape, o.given)
     config = preset(data, type(method).__name__.lower(), o.recipe or "paper", device, None if o.minutes else o.steps)
     if isinstance(method, Crowd):  # the loss at a few points compares them with a crowd
@@ -51,10 +61,30 @@ def _new(o: options.Train[Method]) -> Trainer:
             method = replace(method, small_batch=config.batch)
         config = replace(config, batch=method.large_batch)
     config = replace(config, **given)
+    _warn(method, config)
     net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), **_net(o))
     with seeded(config.seed):
         net = nets.build(net_config)
     return Trainer(method, net, data, config, o.device)
+
+
+def _flipped(data: Dataset, flip: str) -> Dataset:
+    """The data with or without their mirror images, as the command line wants it."""
+    if flip == "on" and len(data.shape) != 3:
+        raise ValueError(f"--flip on mirrors images, and {data.name} are points: leave it out")
+    return data if flip == "auto" else replace(data, flip=flip == "on")
+
+
+def _warn(method: Method, config: TrainConfig) -> None:
+    """Say what will make a worse model than the method can give."""
+    if config.steps and not config.minutes and config.warmup >= config.steps:
+        what = f"the learning rate still rises at the end (--warmup {config.warmup}, --steps {config.steps})"
+        print(f"minigen: {what}: give a smaller --warmup, or --recipe fast", file=sys.stderr)
+    alpha_bar = getattr(method, "alpha_bar", None)
+    if alpha_bar is not None and alpha_bar[-1] > 0.01:
+        what = f"after --T {len(alpha_bar) - 1} steps {alpha_bar[-1]:.0%} of the data's variance is left"
+        what += ", and sampling starts from pure noise"
+        print(f"minigen: {what}: add --schedule cosine, or a larger --beta-T", file=sys.stderr)
 
 
 def _continued(o: options.Train[Method]) -> Trainer:
@@ -64,6 +94,7 @@ def _continued(o: options.Train[Method]) -> Trainer:
         raise ValueError("--recipe is for a new run: leave it out, a continued one keeps its settings")
     _, info = checkpoint.read(o.out, with_tensors=False)
     method = checkpoint.construct_method(info, METHODS, o.out)
+    net = checkpoint.construct_net(info, o.out)
     net_config = checkpoint.construct(nets.NetConfig, info["net"], o.out)
     config = checkpoint.construct(TrainConfig, info["train"], o.out)
     before = asdict(net_config) | asdict(config)
@@ -78,12 +109,15 @@ def _continued(o: options.Train[Method]) -> Trainer:
         config = replace(config, steps=o.steps, minutes=o.minutes)
     config = replace(config, accumulate=o.accumulate or config.accumulate)
     data = load(o.data or info["data"]["spec"], offline=o.offline)
-    spec = info["data"]["spec"]
+    spec, flip = info["data"]["spec"], info["data"].get("flip", data.flip)
+    data = replace(data, flip=flip)
+    if o.flip not in ("auto", "on" if flip else "off"):
+        raise ValueError(f"--flip {o.flip} is not what {o.out} was begun with: leave it out, or use another --out")
     if data.name != spec and not (data.name.startswith("folder:") and spec.startswith("folder:")):  # it may have moved
         raise ValueError(f"{o.out} was trained on {spec}, not on {data.name}: use another --out")
     if data.shape != net_config.shape:
         raise ValueError(f"the data now has shape {data.shape}, but {o.out} was trained on {net_config.shape}")
-    trainer = Trainer(method, nets.build(net_config), data, config, o.device)
+    trainer = Trainer(method, net, data, config, o.device)
     trainer.load(o.out)
     return trainer
 
@@ -106,13 +140,14 @@ def train_classifier(o: options.Classifier) -> int:
         raise ValueError(f"{o.out} should end in .safetensors")
     if o.out.exists():
         raise ValueError(f"{o.out} exists: choose another name, or remove it")
+    generate.check_place(o.out)
     data, test = load(o.data, offline=o.offline), load(o.data, "test", offline=o.offline)
+    data = _flipped(data, o.flip)
     config, recipe = classifier.preset(data)
     given = {"epochs": o.epochs, "batch": o.batch, "lr": o.lr, "seed": o.seed, "precision": o.precision}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     if test.shape != data.shape or test.labels is None or int(test.labels.max()) >= config.classes:
         raise ValueError(f"the test images of {o.data} must have the size and the classes of the training images")
-    o.out.parent.mkdir(parents=True, exist_ok=True)
     for epoch, (net, seen) in enumerate(classifier.fit(data, config, recipe, device), 1):  # noqa: B007, after it
         loss, right, seconds = seen["loss"], seen["accuracy"], seen["seconds"]
         print(
@@ -132,6 +167,7 @@ def sample(o: options.Sample) -> int:
     """Draw samples and write them; returns the exit code."""
     device = pick_device(o.device)
     generate.check_suffix(o.out)
+    generate.check_place(o.out)
     run = checkpoint.load(o.run, METHODS, device)
     began = time.monotonic()
     choice = {"sampler": o.sampler, "steps": o.steps, "seed": o.seed, "device": device, "precision": o.precision}
@@ -147,6 +183,7 @@ def export(o: options.Export) -> int:
         raise ValueError(f"{o.file} should end in .safetensors")
     if o.file.exists():
         raise ValueError(f"{o.file} exists: choose another name, or remove it")
+    generate.check_place(o.file)
     tensors, info = checkpoint.read(o.run)
     checkpoint.export(o.file, tensors, info, torch.float16 if o.precision == "fp16" else torch.float32)
     print(f"{o.file}: {o.file.stat().st_size / 1e6:.1f} MB, step {info['step']}; minigen.load opens it")

@@ -29,6 +29,9 @@ class Dataset:
         bins: gray values of a pixel; 0 for points.
         flip: whether the mirror image of a sample is as good a sample.
         labels: ``n`` classes, where known.
+
+    Raises:
+        ValueError: if ``x`` and ``bins`` do not go together.
     """
 
     name: str
@@ -36,6 +39,13 @@ class Dataset:
     bins: int = 0
     flip: bool = False
     labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.dtype == torch.uint8:
+            if self.bins < 2 or len(self.x) and int(self.x.max()) >= self.bins:
+                raise ValueError(f"images in uint8 need bins above their largest value (at least 2), got {self.bins}")
+        elif self.x.dtype != torch.float32 or not self.x.isfinite().all():
+            raise ValueError(f"data are uint8 images, or finite points in float32, got {self.x.dtype}")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -129,8 +139,9 @@ class Batches(Iterator[Tensor]):
         self._left = torch.empty(0, dtype=torch.int64)
 
     def __next__(self) -> Tensor:
-        while len(self._left) < self.batch:
-            self._left = torch.cat([self._left, torch.randperm(len(self.x), generator=self._random)])
+        epochs = max(0, -(-(self.batch - len(self._left)) // len(self.x)))
+        more = [torch.randperm(len(self.x), generator=self._random) for _ in range(epochs)]
+        self._left = torch.cat([self._left, *more])
         index, self._left = self._left[: self.batch], self._left[self.batch :]
         x = self.x[index.to(self.x.device, non_blocking=True)]
         if self.flip:

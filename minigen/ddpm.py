@@ -55,6 +55,11 @@ class DDPM:
             raise ValueError(
                 f"DDPM needs T >= 2 and 0 < beta_1 <= beta_T < 1, got {self.T}, {self.beta_1}, {self.beta_T}"
             )
+        if self.schedule not in ("linear", "cosine") or self.variance not in ("beta", "beta_tilde"):
+            raise ValueError(
+                "DDPM needs a schedule linear or cosine, and a variance beta or beta_tilde, "
+                f"got {self.schedule!r} and {self.variance!r}"
+            )
 
     # The schedules: float64, shape T + 1, index t, entry 0 = no noise.
 
@@ -194,8 +199,10 @@ class DDPM:
         equal t are taken once.
 
         Raises:
-            ValueError: if ``steps`` is not between 1 and T.
+            ValueError: if ``steps`` is not between 1 and T, or there is no such ``spacing``.
         """
+        if spacing not in ("uniform", "quadratic"):
+            raise ValueError(f"unknown spacing {spacing!r}: use uniform or quadratic")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be between 1 and T = {self.T}, got {steps}")
         i = torch.arange(1, steps + 1, dtype=torch.float64) / steps

@@ -58,6 +58,9 @@ class DPM:
         if self.betas and (len(self.betas) != self.T or not all(0 < b < 1 for b in self.betas)):
             raise ValueError(f"betas must be T = {self.T} numbers between 0 and 1, got {len(self.betas)} of them")
 
+        if self.schedule not in ("fraction", "geometric"):
+            raise ValueError(f"DPM needs a schedule fraction or geometric, got {self.schedule!r}")
+
     @cached_property
     def chain(self) -> Chain:
         """The forward process with this schedule."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, log
@@ -92,30 +96,70 @@ def fit(
     if trainer.progress >= 1:
         print(f"{out} is complete at step {trainer.step}: give a larger --steps or --minutes to go on")
         return 0
-    here, file = trainer.processes, out / checkpoint.NAME
     out.mkdir(parents=True, exist_ok=True)
-    if here.rank == 0:
-        (out / "config.json").write_text(json.dumps(trainer.describe(), indent=2) + "\n")
+    with alone(out) if trainer.processes.rank == 0 else nullcontext():
+        return _fit(trainer, out, (sample_every, save_every, save_minutes, snapshots))
+
+
+def _fit(trainer: Trainer, out: Path, how_often: tuple[int, int, float, int]) -> int:
+    here, file = trainer.processes, out / checkpoint.NAME
+    sample_every, save_every, save_minutes, snapshots = how_often
     if not trainer.step:
         trainer.save(file)  # a full disk or a forbidden folder shows now, not after an hour
+    if here.rank == 0:
+        (out / "config.json").write_text(json.dumps(trainer.describe(), indent=2) + "\n")
     saved, grids, kept = time.monotonic(), Marks(GRIDS, trainer.progress), Marks(snapshots, trainer.progress)
     with Signals() as signals, Report(trainer, out) as report:
         for record in trainer.steps():
-            report.step(record)
+            with unharmed():
+                report.step(record)
             if grids.passed(trainer.progress) or _multiple(trainer.step, sample_every):
-                report.grid()
+                with unharmed():
+                    report.grid()
             if kept.passed(trainer.progress):
-                trainer.export(out / "snapshots" / f"step-{trainer.step:06d}.safetensors")
+                with unharmed():
+                    trainer.export(out / "snapshots" / f"step-{trainer.step:06d}.safetensors")
             ask = here.world == 1 or record is not None  # several processes agree, which costs time, only now and then
             stop = ask and here.any(signals.caught > 0)
             old = ask and here.any(time.monotonic() - saved > 60 * save_minutes)
-            if stop or old or trainer.progress >= 1 or _multiple(trainer.step, save_every):
-                trainer.save(file)
+            last = stop or trainer.progress >= 1
+            if last or old or _multiple(trainer.step, save_every):
+                with nullcontext() if last else unharmed():
+                    trainer.save(file)
                 saved = time.monotonic()
             if stop:
                 break
     _farewell(trainer, out, snapshots)
     return 128 + (signals.caught or signal.SIGINT) if trainer.progress < 1 else 0
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Inside a ``with`` block no other process of this kind trains in the folder ``out``.
+
+    Raises:
+        ValueError: if another one does.
+    """
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process trains in {out}: wait for its end, or choose another --out") from None
+    except NotImplementedError:  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def unharmed() -> Iterator[None]:
+    """Inside a ``with`` block files that cannot be written and samples that are no numbers do not end the training."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        tqdm.write(f"minigen: {e}; the training goes on", file=sys.stderr)
 
 
 def _multiple(step: int, every: int) -> bool:
@@ -128,7 +172,7 @@ def _farewell(trainer: Trainer, out: Path, snapshots: int) -> None:
     if trainer.progress >= 1:
         print(f"{out / checkpoint.NAME}: {trainer.step} steps in {trainer.seconds:.0f} s")
         return
-    again = f"python -m minigen train {trainer.describe()['method']} --out {out} --resume"
+    again = f"python -m minigen train {trainer.describe()['method']} --out {shlex.quote(str(out))} --resume"
     again += f" --snapshots {snapshots}" if snapshots else ""
     print(f"minigen: stopped at step {trainer.step} and saved; continue with: {again}", file=sys.stderr)
 
@@ -178,7 +222,8 @@ class Report:
         n = 16 if len(t.data.shape) == 3 else 2000
         began = time.monotonic()
         choice = {"sampler": "ddim" if hasattr(t.method, "denoiser") else "paper", "seed": t.config.seed}
-        steps = min(20, getattr(t.method, "T", 20))
+        chain = getattr(t.method, "sigma", None)  # a chain of T steps has no more than T levels
+        steps = min(20, len(chain) - 1) if isinstance(chain, Tensor) else 20
         x, _ = draw(t.method, t.ema.net, (n, *t.data.shape), steps=steps, device=t.device, **choice)
         picture(x, self.out / "samples" / f"step-{t.step:06d}.png")
         self._mark = self._mark[0], self._mark[1] + time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -48,7 +49,7 @@ def draw(
         precision: ``bf16`` runs the network in mixed precision.
 
     Raises:
-        ValueError: if ``n`` is not positive or the method does not have this sampler.
+        ValueError: if ``n`` is not positive, the method does not have this sampler, or a sample is not finite.
     """
     (n, *d), calls = shape, 0
     if n < 1:
@@ -64,7 +65,19 @@ def draw(
     with torch.no_grad(), seeded(seed):
         bar = tqdm(sizes, desc="sampling", unit="batch", leave=False, disable=len(sizes) == 1)
         x = torch.cat([_draw(method, counted, (size, *d), sampler, steps, device).cpu() for size in bar])
-    return x, calls / len(sizes)
+    return finite(x), calls / len(sizes)
+
+
+def finite(x: Tensor) -> Tensor:
+    """The samples themselves, if they are numbers.
+
+    Raises:
+        ValueError: if one of them has a number that is not finite.
+    """
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        what = f"{bad:,} of {len(x):,} samples are not finite numbers: the run diverged"
+        raise ValueError(f"{what}; take an earlier snapshot, or train again with a smaller --lr")
+    return x
 
 
 def _mixed(net: Net, x: Tensor, u: Tensor) -> Tensor:
@@ -93,8 +106,19 @@ def _draw(method: Any, net: Net, shape: Sequence[int], sampler: str, steps: int,
     return x
 
 
+def check_place(path: Path) -> None:
+    """See that a file can be written, before hours are spent on what it should hold; makes its folder.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"cannot write to {path}: choose another place")
+
+
 def check_suffix(path: Path) -> None:
-    """See that ``picture`` can write this kind of file, before hours are spent on what it should hold.
+    """See that ``picture`` can write this kind of file.
 
     Raises:
         ValueError: if it cannot.
@@ -103,13 +127,15 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"{path} is no kind of file to write samples to: let it end in {', '.join(SUFFIXES)}")
 
 
-def picture(x: Tensor, path: Path) -> None:
+def picture(x: Tensor, path: str | Path) -> None:
     """Write ``x`` as a grid of images (``n c h w`` in [-1, 1]), a scatter plot (``n d``), or raw numbers (``.npy``)."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         import numpy as np
 
-        np.save(path, x.numpy())
+        with path.open("wb") as f:  # numpy itself would add another suffix to .NPY
+            np.save(f, x.numpy())
         return
     from . import viz
 

@@ -71,35 +71,53 @@ def folder(path: str | Path, split: str) -> tuple[Tensor, Tensor | None]:
 
     If ``path`` holds folders ``train`` and ``test``, the one named by ``split`` is read; if ``path`` is itself called
     ``train``, the test images are those of the folder ``test`` beside it. Labels are known if all images lie in
-    subfolders: the number, from 0, of the subfolder in the order of the names.
+    subfolders: the number, from 0, of the subfolder among those of the training images, in the order of the names.
+
+    Links to folders are followed; what begins with a dot is left out. Images are turned as their cameras say (EXIF),
+    and what is transparent becomes white.
 
     Raises:
         ValueError: if the folder is missing or empty, or an image is unreadable, not square, or of another size.
     """
-    path = Path(path).expanduser()
+    if not str(path):
+        raise ValueError("folder: needs a PATH, the folder of the images: folder:PATH")
+    path = train = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}: give folder:PATH with the PATH of a folder of images")
     if (path / "train").is_dir() and (path / "test").is_dir():
-        path = path / split
+        path, train = path / split, path / "train"
     elif split == "test":
         beside = path.resolve().with_name("test")
         if path.resolve().name != "train" or not beside.is_dir():
             raise ValueError(f"{path} has no test images: name it 'train' and put a folder 'test' beside it")
         path = beside
-    names = (Path(where, name) for where, _, names in os.walk(path) for name in names)
-    files = sorted(p for p in names if p.suffix.lower() in SUFFIXES)
+    files = _files(path)
     if not files:
         raise ValueError(f"there are no images in {path}: put {', '.join(SUFFIXES)} files there")
-    return _decode(files), _labels(files, path)
+    names = _classes(files, path)
+    known = names if train == path else _classes(_files(train), train)
+    if not names or not known:
+        return _decode(files), None
+    number = {name: i for i, name in enumerate(sorted(set(known)))}
+    if missing := sorted(set(names) - set(number)):
+        raise ValueError(f"{path} has the class {missing[0]}, and {train} has not: put it there too, or remove it")
+    return _decode(files), torch.tensor([number[name] for name in names])
 
 
-def _labels(files: list[Path], path: Path) -> Tensor | None:
-    """The classes by the first folder below ``path``; ``None`` if an image lies in ``path`` itself."""
+def _files(path: Path) -> list[Path]:
+    """The image files below ``path``, in the order of their names."""
+    found, seen = [], {path.resolve()}
+    for where, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".") and (real := Path(where, f).resolve()) not in seen
+                      and not seen.add(real)]  # fmt: skip
+        found += [Path(where, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
+def _classes(files: list[Path], path: Path) -> list[str]:
+    """For each file the first folder below ``path``; none at all if a file lies in ``path`` itself."""
     parts = [p.relative_to(path).parts for p in files]
-    if any(len(p) == 1 for p in parts):
-        return None
-    number = {name: i for i, name in enumerate(sorted({p[0] for p in parts}))}
-    return torch.tensor([number[p[0]] for p in parts])
+    return [] if any(len(p) == 1 for p in parts) else [p[0] for p in parts]
 
 
 def _decode(files: list[Path]) -> Tensor:
@@ -122,12 +140,16 @@ def _decode(files: list[Path]) -> Tensor:
 
 
 def _read(path: Path) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits: keep the upper 8
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB"))
     except Exception as e:  # Pillow raises many kinds, which all mean the same to the reader
         raise ValueError(f"cannot read the image {path} ({type(e).__name__}): replace or remove it") from e

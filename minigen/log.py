@@ -40,7 +40,7 @@ def read(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     rows = []
-    with path.open(newline="") as f:
+    with path.open(newline="", errors="replace") as f:
         for row in list(csv.reader(f))[1:]:
             try:
                 rows.append(dict(zip(FIELDS, map(float, row), strict=True)))

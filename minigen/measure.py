@@ -35,6 +35,11 @@ def measure(o: options.Evaluate) -> int:
     """Compare samples with data; print the numbers, and keep them in the run's folder; returns the exit code."""
     if o.bits < 0 or not o.tol > 0:
         raise ValueError(f"--bits must be at least 0 and --tol positive, got {o.bits} and {o.tol}")
+    if o.n < 2:
+        raise ValueError(f"--n must be positive, and at least 2 for a distance, got {o.n}")
+    out = o.out or (o.run / "evaluate.json" if o.run.is_dir() else None)
+    if out:
+        generate.check_place(out)
     device = pick_device(o.device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, also in convolutions
     run = checkpoint.load(o.run, METHODS, device)
@@ -58,9 +63,7 @@ def measure(o: options.Evaluate) -> int:
     if run.bins and o.bits:
         result |= _bits(run, o, true.to(device))
     _tell(result, kind)
-    out = o.out or (o.run / "evaluate.json" if o.run.is_dir() else None)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
@@ -92,7 +95,12 @@ def _read(o: options.Evaluate, run: checkpoint.Run) -> Tensor:
         ) from e
     if x.shape[1:] != run.shape or len(x) < 2:
         raise ValueError(f"{o.samples} has the shape {[*x.shape]}, {o.run} makes samples of {[*run.shape]}")
-    return to_float(x[: o.n], run.bins)
+    if not x.is_floating_point() and not (run.bins and int(x.min()) >= 0 and int(x.max()) < run.bins):
+        allowed = f"whole numbers from 0 to {run.bins - 1}, or " if run.bins else ""
+        raise ValueError(
+            f"{o.samples} holds whole numbers from {x.min()} to {x.max()}: {o.run} makes {allowed}fractions"
+        )
+    return to_float(generate.finite(x[: o.n]), run.bins)
 
 
 def _other(o: options.Evaluate, spec: str, train: Dataset, n: int) -> Tensor:
@@ -159,10 +167,10 @@ def _bits(run: checkpoint.Run, o: options.Evaluate, true: Tensor) -> dict[str, A
     if hasattr(run.method, "bound"):
         with seeded(o.seed):
             bits, error = evaluate.bits_per_dim(run.method, run.net, x, run.bins)
-        result |= {"bits_bound": bits, "bits_bound_error": error}
+        result |= {"bits_bound": bits, "bits_bound_error": error if len(x) > 1 else None}
     if likelihood.span(run.method):
         found = likelihood.flow_bits(run.method, run.net, x, run.bins, tol=o.tol, seed=o.seed)
-        result |= {"bits_ode": found.mean, "bits_ode_error": found.error}
+        result |= {"bits_ode": found.mean, "bits_ode_error": found.error if len(x) > 1 else None}
         result |= {"bits_ode_calls": found.calls, "bits_ode_tol": o.tol}
     return result | {"bits_n": len(x)} if result else {}
 

@@ -25,6 +25,8 @@ class Train(Generic[M]):
     """folder of the run: checkpoint, log, sample grids"""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None
     """cifar10, digits, folder:PATH, or a law: two_modes, eight_gaussians, swiss_roll, heart"""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """mirror images at random; auto: those of cifar10 and of folders; off for letters, maps and the like"""
     recipe: Annotated[
         Literal["paper", "fast"] | None, tyro.conf.arg(metavar="{paper,fast}", help_behavior_hint="(default: paper)")
     ] = None
@@ -101,6 +103,8 @@ class Classifier:
     """same seed, same weights"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: mixed precision"""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """mirror images at random; auto: those of cifar10 and of folders; off where left and right tell the class"""
     device: Device = "auto"
     """auto takes a CUDA device if there is one"""
     offline: bool = False

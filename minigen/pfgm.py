@@ -65,6 +65,8 @@ class PFGM:
             raise ValueError("PFGM needs positive sigma, tau, gamma and tol, z_exp >= 0 and M >= 1")
         if min(self.small_batch, self.large_batch) < 1 or (self.upper_norm is not None and self.upper_norm <= 0):
             raise ValueError("PFGM needs batches of at least 1 and a positive upper_norm")
+        if self.target not in ("field", "denoiser"):
+            raise ValueError(f"PFGM needs a target field or denoiser, got {self.target!r}")
 
     @classmethod
     def for_data(cls, shape: Sequence[int]) -> PFGM:

@@ -60,6 +60,8 @@ class TrainConfig:
             value, largest = getattr(self, name), inf if name == "grad_clip" else 1e18
             if value is not None and not 0 < value <= largest:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must fit into 64 bits, got {self.seed}")
         if self.warmup < 0 or not 0 <= self.ema < 1:
             raise ValueError(f"--warmup must be at least 0 and --ema in [0, 1), got {self.warmup} and {self.ema}")
         if self.decay not in ("constant", "cosine") or self.precision not in ("fp32", "bf16"):
@@ -109,7 +111,8 @@ def preset(
             the time, an average over at most the last 1,000 steps, and on GPUs batches of 128, compiled, in bf16,
             where they can.
         device: ``cuda`` or ``cpu``, for ``fast``.
-        steps: for ``fast``, a budget in steps instead of minutes.
+        steps: the length of the run, where it is known: for ``fast`` a budget instead of minutes; the small presets
+            then warm up for at most a twentieth of it.
 
     Raises:
         ValueError: if there is no such recipe.
@@ -122,7 +125,9 @@ def preset(
         small = TrainConfig(steps=4000, batch=128, lr=2e-3, warmup=200, decay="cosine", ema=0.999)
     else:
         return _fast(device, steps) if recipe == "fast" else PAPER.get(method, TrainConfig())
-    return replace(small, steps=None, minutes=1.0) if recipe == "fast" and not steps else small
+    if steps:
+        return replace(small, warmup=min(small.warmup, steps // 20))
+    return replace(small, steps=None, minutes=1.0) if recipe == "fast" else small
 
 
 def _fast(device: str, steps: int | None) -> TrainConfig:

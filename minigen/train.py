@@ -192,9 +192,11 @@ class Trainer:
         for streams in self.processes.gather({i: stream.state for i, stream in self._streams.items()}):
             tensors |= {f"random.{i}.{k}": v for i, state in streams.items() for k, v in state.items()}
         tensors["loss"] = self.processes.mean(self._loss)
-        if self.processes.rank == 0:
-            checkpoint.write(path, tensors, self.describe())
-        self.processes.wait()
+        try:
+            if self.processes.rank == 0:
+                checkpoint.write(path, tensors, self.describe())
+        finally:  # nobody waits for one that failed
+            self.processes.wait()
 
     def export(self, path: Path) -> None:
         """Write the averaged weights alone, in half precision; only the first of several processes does."""
@@ -209,7 +211,7 @@ class Trainer:
             "method_fields": asdict(self.method),
             "net": asdict(self.net.config),
             "train": asdict(self.config),
-            "data": {"spec": self.data.name, "n": len(self.data), "bins": self.data.bins},
+            "data": {"spec": self.data.name, "n": len(self.data), "bins": self.data.bins, "flip": self.data.flip},
             "step": self.step,
             "seconds": self.seconds,
             "count": self._count,
@@ -224,6 +226,8 @@ class Trainer:
             checkpoint.CheckpointError: if it cannot be read or belongs to another network or other data.
         """
         tensors, info = checkpoint.read(path)
+        if "loss" not in tensors:
+            raise checkpoint.CheckpointError(f"{path} holds the averaged weights alone: training cannot go on from it")
         if (n := info["data"]["n"]) != len(self.data):
             raise checkpoint.CheckpointError(f"{path} was trained on {n} samples, the data now has {len(self.data)}")
         checkpoint.restore(self.net, tensors, "net.", path)

@@ -212,7 +212,7 @@ BAD = [
     ("train ddpm --out DONE --resume --groups 9", "--groups 9 is not the 32 of"),
     ("train ddpm --out DONE --resume --T 50", "is not the DDPM\\(T=20"),
     ("train ddpm --out DONE --resume --data two_modes", "was trained on digits, not on two_modes"),
-    ("train ddpm --data digits --out DIR/mixed/a.png", "File exists|Not a directory"),
+    ("train ddpm --data digits --out DIR/mixed/a.png", "is a file: --out names the folder"),
     ("sample RUN", "is not a run"),
     ("sample DIR/mixed/a.png", "damaged or not a checkpoint"),
     ("sample DONE --n 0 --out DIR/x.png", "--n must be positive"),

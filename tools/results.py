@@ -64,6 +64,9 @@ def command(info):
     if (groups := net.get("groups", 32)) != nets.preset(tuple(net["shape"]), net["out"], net["width"]).groups:
         words.append(f"--groups {groups}")
     spec = "folder:PATH" if info["data"]["spec"].startswith("folder:") else info["data"]["spec"]
+    photographs = spec in ("folder:PATH", "cifar10")
+    if (flip := info["data"].get("flip", photographs)) != photographs:
+        words.append(f"--flip {'on' if flip else 'off'}")
     usual = json.loads(json.dumps(asdict(for_data(METHODS[info["method"]](), tuple(net["shape"])))))
     for k, v in info["method_fields"].items():
         if k not in ("small_batch", "large_batch") and v != usual[k]:  # the one is said above, the other is the batch
