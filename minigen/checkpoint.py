@@ -98,7 +98,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict[str, Any]) ->
         part.touch()
         mode = part.stat().st_mode  # what the umask gives; safetensors would let nobody else read the file
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"minigen": text})
-        part.chmod(mode)
+        if part.stat().st_mode != mode:  # some file systems have one mode for all files, and refuse to change it
+            part.chmod(mode)
         with part.open("rb+") as f:
             os.fsync(f.fileno())
         part.replace(path)

@@ -5,8 +5,8 @@
   python tools/results.py curve RUN NAME
 
 ``run`` measures a run and writes book/results/NAME.json (commands, hardware, data, sizes, times, losses, distances by
-sampler and along the training, curve), NAME.png (64 samples) and NAME_training.png (8 samples at each snapshot). The
-chapters read their numbers from there. ``large`` adds to that file one distance with more samples. ``curve`` puts the
+sampler and along the training, curve), NAME.png (64 samples) and NAME_training.png (8 samples at each snapshot); if it
+is broken off, NAME.part.json has what was measured. The chapters read their numbers from there. ``large`` adds to that file one distance with more samples. ``curve`` puts the
 log of a run into minigen/assets/curves.json, with which ``python -m minigen compare`` compares. All want a run that is
 complete.
 """
@@ -169,7 +169,7 @@ def told_by_log(info, rows):
 
 
 def keep_run(a):
-    """Measure and write; what is measured is written at once, whatever comes after."""
+    """Measure and write; what is measured stands in NAME.part.json at once, whatever comes after."""
     info, run = complete(a.run), load(a.run, a.device)
     a.spec = info["data"]["spec"]
     a.rows = [(name, int(steps)) for name, steps in (word.split(":") for word in a.rows)]
@@ -191,9 +191,13 @@ def keep_run(a):
         **told_by_log(info, log.read(a.run / "log.csv")),
     }
 
+    path, part = PLACE / f"{a.name}.json", PLACE / f"{a.name}.part.json"
+    if path.exists() and (old := json.loads(path.read_text())).get("command") == result["command"] and "large" in old:
+        result["large"] = old["large"]
+
     def keep():
         PLACE.mkdir(exist_ok=True)
-        (PLACE / f"{a.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(json.dumps(result, indent=1) + "\n")
 
     for i, sampler in enumerate(a.rows):
         numbers = distance(a.run, *sampler, a, floor=i == 0)
@@ -212,6 +216,7 @@ def keep_run(a):
         keep()
         result["memory_gb"][str(batch)] = memory(info, batch, a.device)
     keep()
+    part.replace(path)
     print(json.dumps({k: v for k, v in result.items() if k != "curve"}, indent=1))
 
 

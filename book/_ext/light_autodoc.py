@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 HEAVY = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "PIL", "ipywidgets", "accelerate", "torchmetrics",
-         "torch_fidelity", "safetensors", "tqdm", "tyro")
+         "torch_fidelity", "filelock", "safetensors", "tqdm", "tyro")
 
 
 def missing():
