@@ -6,9 +6,9 @@
 
 ``run`` measures a run and writes book/results/NAME.json (commands, hardware, data, sizes, times, losses, distances by
 sampler and along the training, curve), NAME.png (64 samples) and NAME_training.png (8 samples at each snapshot); if it
-is broken off, NAME.part.json has what was measured. The chapters read their numbers from there. ``large`` adds to that file one distance with more samples. ``curve`` puts the
-log of a run into minigen/assets/curves.json, with which ``python -m minigen compare`` compares. All want a run that is
-complete.
+is broken off, NAME.part.json has what was measured. The chapters read their numbers from there. ``large`` adds to that
+file one distance with more samples. ``curve`` puts the log of a run into minigen/assets/curves.json, with which
+``python -m minigen compare`` compares. All want a run that is complete.
 """
 
 import argparse
