@@ -51,7 +51,7 @@ class Charges:
         return cls(places, torch.full((len(data),), 1 / len(data), dtype=torch.float64))
 
     def field(self, x: Tensor) -> Tensor:
-        """E at ``x`` (``b d``), ``b d``: the gradient of the potential, downhill; at a charge it is NaN."""
+        """E at ``x`` (``b d``), ``b d``: the gradient of the potential, downhill; at a charge it has no meaning."""
         d, places = x.shape[1], self.places.to(x)
         w = self.amounts.to(x) * squared_distances(x, places) ** (-d / 2) / sphere_area(d)
         return x * w.sum(1, keepdim=True) - w @ places

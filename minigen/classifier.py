@@ -148,6 +148,8 @@ def fit(
         total, right = torch.zeros(2, device=device)
         net.train()
         for part in torch.randperm(len(data), generator=order).split(recipe.batch):
+            if len(part) < 2 <= len(data):
+                continue  # one image has no variance to normalize by
             index = part.to(device)
             x = _augment(to_float(images[index], data.bins), recipe.shift, data.flip, order)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):

@@ -76,7 +76,13 @@ def expand(a: Tensor, x: Tensor) -> Tensor:
 
 
 def at(schedule: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """The entries ``schedule[t]`` (``t``: ``b``, integers) with the device and dtype of ``x``, ready to broadcast."""
+    """The entries ``schedule[t]`` (``t``: ``b``, integers) with the device and dtype of ``x``, ready to broadcast.
+
+    Raises:
+        ValueError: if ``x`` holds whole numbers, which would cut the schedule to 0.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"samples must be floating-point numbers, got {x.dtype}: convert them first, x.float()")
     return expand(on_device(schedule, t.device)[t].to(x.dtype), x)
 
 

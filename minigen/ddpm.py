@@ -33,7 +33,8 @@ class DDPM:
     Attributes:
         T: number of steps.
         beta_1: first variance of the linear schedule.
-        beta_T: last variance of the linear schedule.
+        beta_T: last variance of the linear schedule. Both are made for T = 1000: with another T multiply both by
+            1000 / T, else ``alpha_bar[T]`` (0.36 at T = 100) leaves signal at the end that the prior lacks.
         schedule: ``linear`` as in the paper, or ``cosine`` (Nichol and Dhariwal 2021, eq. 17).
         variance: of the reverse step: ``beta`` ("fixedlarge") or ``beta_tilde`` ("fixedsmall"), section 3.2.
         clip: keep the predicted image in [-1, 1] while sampling; ``None``: images yes, points no.

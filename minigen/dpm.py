@@ -60,6 +60,8 @@ class DPM:
 
         if self.schedule not in ("fraction", "geometric"):
             raise ValueError(f"DPM needs a schedule fraction or geometric, got {self.schedule!r}")
+        if self.chain.beta.detach().float().max() >= 1:
+            raise ValueError("the last rate of the schedule rounds to 1 in float32: give a larger alpha_bar_T")
 
     @cached_property
     def chain(self) -> Chain:

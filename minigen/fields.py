@@ -59,7 +59,10 @@ class Kernel:
         n = x[0].numel()
         constant = -n / 2 * log(2 * pi * sigma**2)
         if inf != self.D:
-            constant = lgamma((n + self.D) / 2) - lgamma(self.D / 2) - n / 2 * log(pi * self.D * sigma**2)
+            ratio = lgamma((n + self.D) / 2) - lgamma(self.D / 2)
+            if self.D > 1e9:  # their difference would have no digits left
+                ratio = n / 2 * log(self.D / 2) + n * (n - 2) / (4 * self.D)
+            constant = ratio - n / 2 * log(pi * self.D * sigma**2)
         return constant + self.log_weight(x.flatten(1).square().sum(1), sigma, n)
 
 

@@ -65,7 +65,8 @@ class Mixture:
         """Mean and variance of each coordinate of x_0 given x_0 + sigma * noise = x, ``b *d`` both."""
         level = torch.as_tensor(sigma).to(x).expand(len(x))
         flat, means, var = x.flatten(1).double(), self.means.to(x).flatten(1).double(), self.std.to(x)[None] ** 2
-        w, keep = self.responsibilities(x, level).double(), (var / (var + level[:, None] ** 2)).double()  # b k
+        w = self._joint(x, level).double().softmax(1)  # b k; in float32 its sum would be 1 only to 1e-7
+        keep = (var / (var + level[:, None] ** 2)).double()
         w0, w1, w2 = w * (1 - keep), w * keep, w * (1 - keep) ** 2
         mean = w1.sum(1, keepdim=True) * flat + w0 @ means
         # E[(x_0 - x)**2], whose parts are small where the noise is, minus the square of its mean

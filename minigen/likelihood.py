@@ -45,7 +45,9 @@ class Span:
     Attributes:
         sigma_min: its lowest noise level.
         sigma_max: its highest.
-        log_prior: the log-density of the noise from which sampling starts at ``sigma_max``, ``b *d`` to ``b``.
+        log_prior: the log-density of the noise from which sampling starts at ``sigma_max``, ``b *d`` to ``b``; for PFGM
+            of the whole Cauchy law, of which ``start`` cuts the far part to ``upper_norm`` (half of the draws of
+            images): there bits and samples belong to two priors.
     """
 
     sigma_min: float
@@ -102,7 +104,9 @@ def flow_bits(
         x: ``n c h w`` in [-1, 1].
         bins: values of a pixel.
         probes: random vectors for each divergence; 0: the exact one.
-        tol: relative and absolute tolerance of the solver.
+        tol: relative and absolute tolerance of the solver, over all numbers of a batch together. Its error is the same
+            for all images and no part of ``error``: for a Gaussian law of 3,072 numbers 0.007 bits at 1e-3, 0.001 at
+            1e-4 and 0.4 at 1e-2, mostly too few bits.
         seed: of the noise in the bins and the probes.
 
     Raises:

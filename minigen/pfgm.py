@@ -70,7 +70,9 @@ class PFGM:
 
     @classmethod
     def for_data(cls, shape: Sequence[int]) -> PFGM:
-        """Defaults for samples of the given shape: the paper's from CIFAR-10 on, scaled for smaller ones.
+        """Defaults for samples of the given shape: the paper's for CIFAR-10 and all larger ones, scaled for smaller.
+
+        (At 64x64 its code took z_max = 60, z_exp = 1 and 512 charges.)
 
         ``sigma`` and ``z`` measure noise per coordinate and stay. ``gamma`` is the length of a vector and scales with
         sqrt(N); the substitution begins where that vector is a few gamma long. Points get the denoiser form: the

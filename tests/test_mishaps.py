@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,24 @@ from safetensors import SafetensorError
 from torch import nn
 
 import minigen
-from minigen import DDPM, DPM, PFGM, checkpoint, data, fit, generate, images, recipe
+from minigen import (
+    DDPM,
+    DPM,
+    PFGM,
+    binary,
+    checkpoint,
+    classifier,
+    data,
+    evaluate,
+    fields,
+    fit,
+    generate,
+    images,
+    laws,
+    recipe,
+    samplers,
+    seeded,
+)
 from minigen.__main__ import main
 
 SMALL = ["--width", "8", "--batch", "16", "--warmup", "2", "--device", "cpu"]
@@ -310,3 +328,59 @@ def test_grids_of_ncsn_have_all_levels(tmp_path, monkeypatch):
 def test_auto_is_a_device_for_load(begun):
     net = minigen.load(begun, "auto").net
     assert isinstance(net, nn.Module) and not net.training
+
+
+# numbers at the edges
+
+
+def test_heun_survives_a_step_that_is_too_long():
+    """The first step of a cosine schedule falls by a factor of 1,000; true samples are as far from each other."""
+    method, law = DDPM(schedule="cosine", clip=False), laws.two_modes()
+    with seeded(1):
+        true, other = law.sample(2000), law.sample(2000)
+    floor = evaluate.sliced_wasserstein(true, other)
+    x, calls = generate.draw(method, method.oracle(law.denoiser), (2000, 2), sampler="heun", steps=25)
+    assert evaluate.sliced_wasserstein(x, true) < 3 * floor
+    assert calls == 2 * 25 - 2  # the first step and the last are Euler's
+
+
+def test_whole_numbers_are_no_samples():
+    bits = torch.ones(3, 20, dtype=torch.int64)
+    with pytest.raises(ValueError, match="floating-point"):
+        binary.BinaryDPM(T=5).loss(lambda x, u: torch.zeros_like(x), bits)
+    with pytest.raises(ValueError, match="floating-point"):
+        DDPM().perturb(bits, torch.tensor([1, 2, 3]), torch.randn(3, 20))
+
+
+def test_the_solver_takes_a_network_with_gradients():
+    scale = nn.Parameter(torch.tensor(0.5))
+    out = samplers.rk45(lambda x, sigma: scale * x, torch.ones(2, 2), 1.0, 0.1, 1e-4)
+    assert out.x.isfinite().all() and not out.x.requires_grad
+
+
+def test_the_variance_survives_strong_noise():
+    law = laws.two_modes()
+    x = torch.randn(50, 2)
+    for sigma in (1e2, 1e3, 1e4):
+        level = torch.full((50,), sigma)
+        of_float, of_double = law.moments(x * sigma, level)[1], law.moments(x.double() * sigma, level.double())[1]
+        assert (of_float.double() - of_double).abs().max() < 1e-3 * of_double.max()
+
+
+def test_a_rate_that_rounds_to_one_is_refused():
+    with pytest.raises(ValueError, match="rounds to 1"):
+        DPM(T=200, schedule="geometric", alpha_bar_T=1e-10)
+
+
+def test_a_last_batch_of_one_image():
+    x = torch.randint(0, 17, (65, 1, 4, 4), dtype=torch.uint8)
+    some = data.Dataset("some", x, 17, labels=torch.arange(65) % 2)
+    config, how = classifier.preset(some)
+    *_, (_, seen) = classifier.fit(some, config, replace(how, epochs=1, batch=64))
+    assert math.isfinite(seen["loss"])
+
+
+@pytest.mark.parametrize("D", [1e9, 1.1e9, 1e12, 1e15, 1e17])
+def test_the_density_of_a_kernel_with_many_dimensions_is_gaussian(D):
+    x = 0.7 * torch.randn(4, 3072, dtype=torch.float64)
+    assert fields.Kernel(D).log_prob(x, 0.7) == pytest.approx(fields.GAUSSIAN.log_prob(x, 0.7), abs=0.02)
