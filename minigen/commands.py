@@ -61,11 +61,13 @@ def _new(o: options.Train[Method]) -> Trainer:
             method = replace(method, small_batch=config.batch)
         config = replace(config, batch=method.large_batch)
     config = replace(config, **given)
-    _warn(method, config)
     net_config = nets.preset(data.shape, method.out_channels(data.shape[0]), **_net(o))
     with seeded(config.seed):
         net = nets.build(net_config)
-    return Trainer(method, net, data, config, o.device)
+    trainer = Trainer(method, net, data, config, o.device)
+    if trainer.processes.rank == 0:
+        _warn(method, config)
+    return trainer
 
 
 def _flipped(data: Dataset, flip: str) -> Dataset:
@@ -95,7 +97,7 @@ def _continued(o: options.Train[Method]) -> Trainer:
     _, info = checkpoint.read(o.out, with_tensors=False)
     method = checkpoint.construct_method(info, METHODS, o.out)
     net = checkpoint.construct_net(info, o.out)
-    net_config = checkpoint.construct(nets.NetConfig, info["net"], o.out)
+    net_config = net.config
     config = checkpoint.construct(TrainConfig, info["train"], o.out)
     before = asdict(net_config) | asdict(config)
     for name, value in (_given(o) | _net(o)).items():

@@ -139,9 +139,10 @@ class Batches(Iterator[Tensor]):
         self._left = torch.empty(0, dtype=torch.int64)
 
     def __next__(self) -> Tensor:
-        epochs = max(0, -(-(self.batch - len(self._left)) // len(self.x)))
-        more = [torch.randperm(len(self.x), generator=self._random) for _ in range(epochs)]
-        self._left = torch.cat([self._left, *more])
+        if (missing := self.batch - len(self._left)) > 0:
+            epochs = -(-missing // len(self.x))
+            more = [torch.randperm(len(self.x), generator=self._random) for _ in range(epochs)]
+            self._left = torch.cat([self._left, *more])
         index, self._left = self._left[: self.batch], self._left[self.batch :]
         x = self.x[index.to(self.x.device, non_blocking=True)]
         if self.flip:

@@ -98,12 +98,11 @@ def fit(
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with alone(out) if trainer.processes.rank == 0 else nullcontext():
-        return _fit(trainer, out, (sample_every, save_every, save_minutes, snapshots))
+        return _fit(trainer, out, sample_every, save_every, save_minutes, snapshots)
 
 
-def _fit(trainer: Trainer, out: Path, how_often: tuple[int, int, float, int]) -> int:
+def _fit(trainer: Trainer, out: Path, sample_every: int, save_every: int, save_minutes: float, snapshots: int) -> int:
     here, file = trainer.processes, out / checkpoint.NAME
-    sample_every, save_every, save_minutes, snapshots = how_often
     if not trainer.step:
         trainer.save(file)  # a full disk or a forbidden folder shows now, not after an hour
     if here.rank == 0:
